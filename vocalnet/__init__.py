@@ -1,0 +1,1 @@
+"""VocalNet: a streaming speech LLM."""
