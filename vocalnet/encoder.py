@@ -1,6 +1,7 @@
 """SpeechEncoder: Whisper's encoder (Radford et al. 2022) on audio of its own length, not padded to 30 s.
 
-mel (B, 80, T) at 100 Hz → frames (B, T // 2, 512) at 50 Hz. Parameter names are those of Hugging Face's `model.encoder`.
+mel (B, 80, T) at 100 Hz → frames (B, T // 2, 512) at 50 Hz.
+Parameter names follow Hugging Face's `model.encoder`.
 """
 
 from __future__ import annotations
@@ -110,9 +111,8 @@ class SpeechEncoder(nn.Module):
         encoder = cls(_config_of(json.loads(config_file.read_text()), config_file)).to(dtype)
         prefix = "model.encoder."
         with safe_open(weights_file, "pt") as weights:
-            state = {
-                name[len(prefix) :]: weights.get_tensor(name) for name in weights.keys() if name.startswith(prefix)
-            }  # noqa: SIM118
+            names = [name for name in weights.keys() if name.startswith(prefix)]  # noqa: SIM118
+            state = {name.removeprefix(prefix): weights.get_tensor(name) for name in names}
         try:
             encoder.load_state_dict(state)
         except RuntimeError as error:
