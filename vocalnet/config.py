@@ -46,11 +46,15 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         inner = typing.get_args(kind)[1]
         return {key: _convert(inner, item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else from_dict(typing.cast(type, kind), value, where)
+        cls = typing.cast(type, kind)
+        return value if isinstance(value, cls) else from_dict(cls, value, where)
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as text
+        except ValueError:
+            raise ConfigError(f"{where} is {value!r}; expected a number") from None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {kind.__name__}")
     return value
@@ -63,7 +67,9 @@ def from_dict(cls: type[T], mapping: Any, where: str = "config") -> T:
         ConfigError: unknown key (the nearest valid one is named), missing key, or wrong type.
     """
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{where} is {mapping!r}; expected a mapping with keys {[f.name for f in dataclasses.fields(cls)]}")  # type: ignore[arg-type]
+        raise ConfigError(
+            f"{where} is {mapping!r}; expected a mapping with keys {[f.name for f in dataclasses.fields(cls)]}"
+        )  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in mapping:

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from vocalnet.errors import ConfigError
 
 Batch = Any
-"""Tensors, or nested tuples, lists and dicts of them (the engine moves tensors to the device, leaves other leaves alone)."""
+"""Tensors, or nested tuples, lists and dicts of them: the engine moves tensors to the device, leaves the rest alone."""
 
 
 class Task(Protocol):
     """One stage of training. Construct with `(config, data_dir, seed)`; construction is deterministic in the seed.
 
-    `model` holds everything that computes, trainable and frozen; only parameters with `requires_grad` are optimised and
-    saved for resuming (buffers that change in training must be persistent: the engine saves those too). The engine moves
-    `model` to the device and calls `model.train()` before the first step and again after each validation.
+    `model` holds everything that computes, trainable and frozen. Only parameters with `requires_grad` are optimised and
+    saved for resuming, together with the persistent buffers. The engine moves `model` to the device and calls
+    `model.train()` before the first step and again after each validation.
     """
 
     model: nn.Module
@@ -32,15 +32,17 @@ class Task(Protocol):
     def batches(self, epoch: int) -> Iterable[Batch]:
         """One pass over the training set in an order that depends on (seed, epoch) alone, with finite length.
 
-        On resume the engine takes the same pass and skips the batches already used, so keep the making of a batch free of
-        the global random generators (use a generator seeded from (seed, epoch)).
+        On resume the engine takes the same pass and skips the batches already used, so the making of a batch must not
+        use the global random generators (use one seeded from (seed, epoch)).
         """
         ...
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The loss (a scalar with gradient) and metrics to log; `step` counts optimiser steps from 0.
 
-        Runs under the engine's autocast; random numbers come from the global torch generator (it is saved for resuming).
+        Metrics are averaged over the steps between two log lines; the metric "samples", the number of samples in the
+        batch, is shown per second instead. Runs under the engine's autocast. Random numbers come from the global torch
+        generator (its state is saved for resuming).
         """
         ...
 
