@@ -1,4 +1,4 @@
-"""Strict configuration: YAML or JSON mappings become nested frozen dataclasses, unknown keys fail and name the nearest."""
+"""Strict configuration: YAML or JSON mappings become nested frozen dataclasses; an unknown key names the nearest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
-    """Checks `value` against the annotation `kind` and returns it converted (dict → dataclass, list → tuple, int → float)."""
+    """`value` checked against the annotation `kind` and converted: dict → dataclass, list → tuple, int → float."""
     origin = typing.get_origin(kind)
     if kind is Any:
         return value
@@ -66,12 +66,10 @@ def from_dict(cls: type[T], mapping: Any, where: str = "config") -> T:
     Raises:
         ConfigError: unknown key (the nearest valid one is named), missing key, or wrong type.
     """
-    if not isinstance(mapping, dict):
-        raise ConfigError(
-            f"{where} is {mapping!r}; expected a mapping with keys {[f.name for f in dataclasses.fields(cls)]}"
-        )  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{where} is {mapping!r}; expected a mapping with keys {', '.join(names)}")
+    hints = typing.get_type_hints(cls)
     for key in mapping:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
