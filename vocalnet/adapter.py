@@ -1,11 +1,11 @@
-"""SpeechAdapter: encoder frames (50 Hz) → positions at the LLM's width (10 Hz), with a CTC head over the LLM's own words.
+"""SpeechAdapter: encoder frames (50 Hz) → positions at the LLM's width (10 Hz), with a CTC head.
 
-    frames (B, T, 512) → k frames concatenated (B, T/k, 512·k) → [LayerNorm] → Linear → GELU → Linear → [RMS norm · gain]
+    frames (B, T, 512) → k concatenated (B, T/k, 512·k) → [LayerNorm] → Linear → GELU → Linear → [RMS norm · gain]
 
 Two ways to feed the LLM:
 - "frames": every position, VocalNet's form (10 rows a second, keeps prosody);
-- "collapsed": the CTC head reads the positions as LLM tokens, blanks are dropped, repeats merged, and each token becomes
-  the expected embedding Σ p(token) · E(token): as short as the written question, and on the LLM's own manifold.
+- "collapsed": the CTC head reads the positions as LLM tokens; blanks are dropped, repeats merged, and each token
+  becomes the expected embedding Σ p(token) · E(token): as short as the written question, on the LLM's own manifold.
 """
 
 from __future__ import annotations
@@ -39,10 +39,6 @@ class AdapterConfig:
     dropout: float = 0.1
     vocabulary: int = 0  # how many LLM tokens the CTC head knows; 0: no CTC head
 
-    def __post_init__(self) -> None:
-        if self.mode == "collapsed" and not self.vocabulary:
-            raise ConfigError("adapter.mode is 'collapsed' with vocabulary 0; set vocabulary, or use mode 'frames'")
-
 
 class SpeechAdapter(nn.Module):
     """Maps encoder frames to the LLM's input space.
@@ -56,6 +52,8 @@ class SpeechAdapter(nn.Module):
 
     def __init__(self, config: AdapterConfig) -> None:
         super().__init__()
+        if config.mode == "collapsed" and not config.vocabulary:
+            raise ConfigError("adapter.mode is 'collapsed' with vocabulary 0; set vocabulary, or use mode 'frames'")
         self.config = config
         stacked = config.encoder_width * config.stack
         self.norm = nn.LayerNorm(stacked) if config.input_norm else nn.Identity()
@@ -96,6 +94,8 @@ class SpeechAdapter(nn.Module):
         batch, length, _ = frames.shape
         if lengths is None:
             lengths = torch.full((batch,), length, device=frames.device)
+        else:  # what lies beyond a sample's end must not enter its last position
+            frames = frames * (torch.arange(length, device=frames.device) < lengths[:, None])[..., None]
         k = self.config.stack
         stacked = F.pad(frames, (0, 0, 0, -length % k)).reshape(batch, -(-length // k), -1)  # (B, T/k, 512·k)
         hidden = self.linear1(self.norm(stacked.to(self.linear1.weight.dtype)))
