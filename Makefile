@@ -1,0 +1,57 @@
+# `make chat` answers a spoken question; `make test` runs every check. Both set up what they need in .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+QUESTION ?= examples/question.wav
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+
+# An evaluation package that declares torchaudio but needs one resampling class of it, which vocalnet provides; torchaudio
+# fails to import beside CPU builds of torch and then breaks transformers as well. Hence installed without dependencies.
+WITHOUT_DEPENDENCIES := distillmos==0.9.1 xls-r-sqa==0.1.0
+
+.DEFAULT_GOAL := help
+.PHONY: help chat setup test lint types format unit train-tiny clean
+
+help:
+	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
+
+# Debian's python3 can lack ensurepip: then pip installs itself into the environment from outside.
+$(BIN)/python:
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(VENV)/bin/python --disable-pip-version-check install --quiet pip; }
+
+$(VENV)/.runtime: pyproject.toml | $(BIN)/python
+	@echo "installing vocalnet (a few minutes the first time)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.develop: pyproject.toml $(VENV)/.runtime
+	@echo "installing training, evaluation and development tools"
+	@$(PIP) --editable '.[train,eval,dev]'
+	@$(PIP) --no-deps $(WITHOUT_DEPENDENCIES)
+	@touch $@
+
+setup: $(VENV)/.develop ## the environment with all tools, in .venv
+
+chat: $(VENV)/.runtime ## the answer to a spoken question, as a WAV file (QUESTION=file.wav)
+	@$(BIN)/vocalnet chat $(QUESTION)
+
+lint: $(VENV)/.develop ## ruff: rules and format
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+
+format: $(VENV)/.develop ## repairs what ruff can repair
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+
+types: $(VENV)/.develop ## mypy
+	@$(BIN)/mypy
+
+unit: $(VENV)/.develop ## pytest alone
+	@$(BIN)/pytest -q
+
+test: lint types unit ## everything that CI runs
+
+clean: ## removes the environment and caches, not the trained models
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
