@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 QUESTION ?= examples/question.wav
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
 
 # An evaluation package that declares torchaudio but needs one resampling class of it, which vocalnet provides; torchaudio
 # fails to import beside CPU builds of torch and then breaks transformers as well. Hence installed without dependencies.

@@ -105,6 +105,22 @@ def test_killed_run_ends_like_an_uninterrupted_one(recipe, tmp_path):
     assert len(checkpoint.checkpoint_files(folder)) == 2
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_batches_and_resume(recipe, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = [*launch, str(ROOT / "recipes/train.py"), str(recipe), "options.batches=9"]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["machine"]["processes"] == 2
+    assert result["epochs"] == 14  # 60 rounds, 4 an epoch: the ninth batch has no partner
+    (saved,) = checkpoint.checkpoint_files(tmp_path / "out/checkpoints")
+    assert len(checkpoint.load_checkpoint(saved)["random"]) == 2
+    with pytest.raises(CheckpointError, match="comes from 2 processes, not 1"):
+        engine.train(recipe, ["options.batches=9"])
+
+
 def test_interrupt_saves_and_says_how_to_resume(recipe, tmp_path):
     process = command(recipe, "trainer.max_steps=1000", "trainer.log_every=1", "options.sleep_seconds=0.02")
     assert process.stdout is not None

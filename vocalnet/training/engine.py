@@ -15,9 +15,7 @@ import contextlib
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -49,6 +47,7 @@ from vocalnet.training.checkpoint import (
     trainable_state,
 )
 from vocalnet.training.progress import Reporter
+from vocalnet.training.provenance import git_commit, machine
 from vocalnet.training.task import Batch, Task, task_classes
 
 MAX_BAD_STEPS = 20
@@ -199,7 +198,8 @@ class Engine:
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
         precision = "bf16" if self.config.precision == "bf16" else "no"
         AcceleratorState._reset_state()  # a second engine in one process may have another precision
-        self.accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=handlers)  # type: ignore[list-item]
+        cpu = not torch.accelerator.is_available()  # said outright, so that torchrun on CPUs joins its processes too
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=handlers)  # type: ignore[list-item]
         self.is_main = self.accelerator.is_main_process
         recipe.output.mkdir(parents=True, exist_ok=True)
         self.checkpoints = recipe.output / "checkpoints"
@@ -403,9 +403,9 @@ class Engine:
             "seed": self.recipe.seed,
             "config": {**to_dict(self.recipe), "options": self.options},
             "trainable_parameters": sum(parameter.numel() for parameter in self.parameters),
-            "commit": _git_commit(),
+            "commit": git_commit(),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": _machine(str(self.accelerator.device), self.accelerator.num_processes),
+            "machine": machine(str(self.accelerator.device), self.accelerator.num_processes),
         }
         path = self.recipe.output / "result.json"
         temporary = path.with_suffix(".json.tmp")
@@ -415,30 +415,6 @@ class Engine:
 
 def _one_line(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-
-
-def _git_commit() -> str | None:
-    """The commit of the source tree, with "+" when it has local changes; None outside a git checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _machine(device: str, processes: int) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{platform.machine()} CPU",
-        "processes": processes,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def train(path: Path, overrides: Sequence[str] = ()) -> bool:
