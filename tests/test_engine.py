@@ -1,5 +1,6 @@
 """The training engine: schedules, golden losses, exact resume after a kill, and its errors."""
 
+import contextlib
 import json
 import os
 import signal
@@ -110,8 +111,13 @@ def test_two_processes_share_the_batches_and_resume(recipe, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [*launch, str(ROOT / "recipes/train.py"), str(recipe), "options.batches=9"]
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher's children too, should it hang
+    assert process.returncode == 0, errors.decode()
     result = json.loads((tmp_path / "out/result.json").read_text())
     assert result["machine"]["processes"] == 2
     assert result["epochs"] == 14  # 60 rounds, 4 an epoch: the ninth batch has no partner
