@@ -107,7 +107,10 @@ class SpeechAdapter(nn.Module):
 
     def embeddings(self, frames: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
         """What stands at the prompt's `<speech>`: one (n, width) per sample; n may be 0 if no word was recognised."""
-        hidden, lengths = self(frames, lengths)
+        return self.rows(*self(frames, lengths))
+
+    def rows(self, hidden: Tensor, lengths: Tensor) -> list[Tensor]:
+        """As `embeddings`, of `forward`'s output."""
         if self.config.mode == "collapsed":
             return self.collapse(hidden, lengths)
         return [hidden[i, :n] for i, n in enumerate(lengths.tolist())]
