@@ -6,14 +6,19 @@ for every layer and every Euler step, so that a chunk costs the same however lon
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vocalnet.errors import ConfigError, VocalNetError
+from vocalnet.config import from_dict, to_dict
+from vocalnet.errors import CheckpointError, ConfigError, VocalNetError
 from vocalnet.vocoder.chunks import Ring, Span, offline_span
 from vocalnet.vocoder.estimator import Estimator, EstimatorConfig, EstimatorState
 from vocalnet.vocoder.token_encoder import TokenEncoder, TokenEncoderConfig, TokenEncoderState
@@ -71,7 +76,9 @@ def mini_flow_config(tokens: int, token_levels: tuple[int, ...] = ()) -> FlowCon
         encoder=TokenEncoderConfig(
             width=256, heads=4, ffn=1024, blocks=3, up_blocks=2, lookahead=3, conv_kernel=7, scale_input=False
         ),
-        estimator=EstimatorConfig(width=160, heads=4, head_width=40, transformer_blocks=1, mid_stages=4),
+        estimator=EstimatorConfig(
+            width=160, heads=4, head_width=40, transformer_blocks=1, mid_stages=3, activation="silu"
+        ),
         speaker_width=0,
         prompt=False,
         hidden_condition=80,
@@ -112,6 +119,13 @@ class FlowState:
     finished: bool = False
 
 
+@functools.lru_cache(maxsize=1)
+def _official_noise(bins: int, seed: int) -> Tensor:
+    """CosyVoice2's fixed noise (1, 15000, bins)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((1, bins, _OFFICIAL_NOISE_FRAMES), generator=generator).transpose(1, 2)
+
+
 class _Decoder(nn.Module):
     """Holds the estimator under upstream's name `decoder.estimator`."""
 
@@ -144,6 +158,30 @@ class Flow(nn.Module):
         if config.residual_scale:  # start from the encoder's estimate and Gaussian noise around it
             nn.init.zeros_(self.decoder.estimator.final_proj.weight)
             nn.init.zeros_(self.decoder.estimator.final_proj.bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Flow:
+        """Loads config.json and model.safetensors, in evaluation mode.
+
+        Raises:
+            CheckpointError: a file is missing, or the weights do not fit the configuration.
+        """
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"no {name} in {folder}; give the folder of a trained flow")
+        flow = cls(from_dict(FlowConfig, json.loads((folder / "config.json").read_text()), str(folder / "config.json")))
+        try:
+            flow.load_state_dict(load_file(folder / "model.safetensors"))
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder} does not fit its config.json: {' '.join(str(error).split())}") from error
+        return flow.eval()
+
+    def save(self, folder: Path) -> None:
+        """Writes config.json and model.safetensors into an existing folder."""
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors"
+        )
+        (folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
 
     # --- shared by training, whole utterances and streams -----------------------------------------------------------
 
@@ -199,8 +237,7 @@ class Flow(nn.Module):
         """Fixed noise (1, rows, bins) of the frames from `first` on: the same for a frame however it is reached."""
         bins, config = self.config.mel_bins, self.config
         if noise is None and config.official_noise:
-            generator = torch.Generator().manual_seed(config.noise_seed)
-            noise = torch.randn((1, bins, _OFFICIAL_NOISE_FRAMES), generator=generator).transpose(1, 2)
+            noise = _official_noise(bins, config.noise_seed)
         if noise is not None:
             if first + rows > noise.shape[1]:
                 raise VocalNetError(
@@ -288,6 +325,12 @@ class Flow(nn.Module):
         return mel if prompt is None else mel[:, prompt.mel.shape[1] :]
 
     forward = mel
+
+    @torch.no_grad()
+    def estimate(self, tokens: Tensor, lengths: Tensor | None = None, streaming: bool = True) -> Tensor:
+        """The encoder's own mel estimate (B, frames, bins), which the flow starts from where `prior_weight` trains it."""
+        hidden, _ = self._encode(tokens, lengths, streaming)
+        return self._denormalise(self.encoder_proj(hidden).float())
 
     def _encode(self, tokens: Tensor, lengths: Tensor | None, streaming: bool, ahead: int = 0) -> tuple[Tensor, Span]:
         """Hidden rows (B, ratio · (T − ahead), width) and their span; the last `ahead` tokens are lookahead only."""

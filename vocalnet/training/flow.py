@@ -1,0 +1,247 @@
+"""Training of the flow: speech tokens → mel frames, and the mels it predicts for the vocoder's fine-tuning.
+
+python recipes/train.py recipes/flow.yaml
+python -m vocalnet.training.flow runs/flow data        # writes data/predicted_mels/
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from vocalnet.errors import ConfigError, DataError
+from vocalnet.vocoder.flow import Flow, FlowConfig
+
+
+@dataclass(frozen=True)
+class FlowTaskConfig:
+    """Options of the flow's training."""
+
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    batch_tokens: int = 1000  # padding included
+    max_utterance_tokens: int = 125  # longer utterances give random crops of this length
+    streaming_share: float = 1.0  # share of batches under the chunked masks; the rest sees whole utterances
+    corrupt_share: float = 0.04  # tokens replaced by random ones, so that the decoder's mistakes are not new
+    validation_utterances: int = 32
+    initial: Path | None = None  # folder of a trained flow to start from
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One spoken sentence."""
+
+    id: str
+    tokens: Tensor  # (T,) int64
+    mel: Tensor  # (frames per token · T, bins) float16
+
+
+def _members(folder: Path, split: str, suffix: str) -> Iterator[tuple[str, bytes]]:
+    """(id, content) of the members with this suffix in the archives `{split}-*.tar` of a folder."""
+    archives = sorted(folder.glob(f"{split}-*.tar"))
+    if not archives:
+        raise DataError(f"no {split}-*.tar in {folder}; run that step of data preparation first")
+    for archive in archives:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                if content is not None and member.name.endswith(suffix):
+                    yield Path(member.name).stem, content.read()
+
+
+def load_tokens(data: Path, split: str) -> dict[str, Tensor]:
+    """Speech tokens (T,) of every sentence of a split, from `answer_tokens`."""
+    folder = data / "answer_tokens"
+    return {
+        name: torch.from_numpy(np.load(io.BytesIO(content)).astype(np.int64))
+        for name, content in _members(folder, split, ".npy")
+    }
+
+
+def load_utterances(data: Path, split: str, frames_per_token: int) -> list[Utterance]:
+    """Every sentence of a split that has tokens and mel, both cut to the shorter of the two.
+
+    Raises:
+        DataError: archives are missing, or no sentence has both.
+    """
+    tokens = load_tokens(data, split)
+    utterances = []
+    for name, content in _members(data / "answer_features", split, ".npz"):
+        if name not in tokens:
+            continue
+        with np.load(io.BytesIO(content)) as arrays:
+            mel = torch.from_numpy(arrays["mel"].astype(np.float16))
+        rows = min(len(tokens[name]), len(mel) // frames_per_token)
+        if rows:
+            utterances.append(Utterance(name, tokens[name][:rows], mel[: rows * frames_per_token]))
+    if not utterances:
+        raise DataError(f"no {split} sentence in {data} has both answer_tokens and answer_features; prepare both anew")
+    return utterances
+
+
+def _collate(utterances: list[Utterance]) -> dict[str, Tensor]:
+    """Padded `tokens` (B, T), `mel` (B, frames per token · T, bins) float32, and `lengths` (B,) in tokens."""
+    padded = torch.nn.utils.rnn.pad_sequence
+    return {
+        "tokens": padded([utterance.tokens for utterance in utterances], batch_first=True),
+        "mel": padded([utterance.mel.float() for utterance in utterances], batch_first=True),
+        "lengths": torch.tensor([len(utterance.tokens) for utterance in utterances]),
+    }
+
+
+class FlowTask:
+    """Flow matching on sentences of one voice, tokens and mels read from the prepared data into memory."""
+
+    def __init__(self, config: FlowTaskConfig, data_dir: Path, seed: int) -> None:
+        ratio = config.flow.frames_per_token
+        self.config, self.seed = config, seed
+        self.train = load_utterances(data_dir, "train", ratio)
+        self.valid = load_utterances(data_dir, "valid", ratio)[: config.validation_utterances]
+        largest = max(int(utterance.tokens.max()) for utterance in [*self.train, *self.valid])
+        if largest >= config.flow.tokens:
+            raise ConfigError(f"the data hold token {largest}, but options.flow.tokens is {config.flow.tokens}")
+        torch.manual_seed(seed)
+        self.model = Flow(config.flow) if config.initial is None else Flow.from_folder(config.initial)
+        if self.model.config != config.flow:
+            raise ConfigError(
+                f"the flow in {config.initial} has another configuration than options.flow; make them equal"
+            )
+        if config.flow.normalise_mel and config.initial is None:
+            frames = torch.cat([utterance.mel for utterance in self.train[:2000]]).float()
+            self.model.mel_mean.copy_(frames.mean(dim=0))
+            self.model.mel_std.copy_(frames.std(dim=0).clamp(min=1e-3))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One decayed group of matrices, one undecayed group of everything else."""
+        named = list(self.model.named_parameters())
+        matrices = [p for name, p in named if p.ndim >= 2 and "embedding" not in name]
+        others = [p for name, p in named if p.ndim < 2 or "embedding" in name]
+        shared = {"lr": self.config.lr, "betas": self.config.betas}
+        return [
+            {"params": matrices, "weight_decay": self.config.weight_decay, "name": "matrices", **shared},
+            {"params": others, "weight_decay": 0.0, "name": "others", **shared},
+        ]
+
+    def _crop(self, utterance: Utterance, generator: torch.Generator) -> Utterance:
+        """At most `max_utterance_tokens` tokens, from a random place."""
+        spare = len(utterance.tokens) - self.config.max_utterance_tokens
+        if spare <= 0:
+            return utterance
+        first = int(torch.randint(spare + 1, (), generator=generator))
+        last, ratio = first + self.config.max_utterance_tokens, self.config.flow.frames_per_token
+        return Utterance(utterance.id, utterance.tokens[first:last], utterance.mel[first * ratio : last * ratio])
+
+    def _corrupt(self, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        replaced = torch.rand(tokens.shape, generator=generator) < self.config.corrupt_share
+        random = torch.randint(self.config.flow.tokens, tokens.shape, generator=generator)
+        return torch.where(replaced, random, tokens)
+
+    def batches(self, epoch: int) -> Iterable[dict[str, Tensor]]:
+        """Batches of sentences of similar length, at most `batch_tokens` tokens each, in random order."""
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
+        chosen = [self._crop(utterance, generator) for utterance in self.train]
+        jitter = torch.rand(len(chosen), generator=generator) * 5  # so that the groups differ from epoch to epoch
+        order = sorted(range(len(chosen)), key=lambda i: len(chosen[i].tokens) + float(jitter[i]))
+        groups: list[list[int]] = [[]]
+        for index in order:
+            longest = max(len(chosen[i].tokens) for i in [*groups[-1], index])
+            if groups[-1] and longest * (len(groups[-1]) + 1) > self.config.batch_tokens:
+                groups.append([])
+            groups[-1].append(index)
+        for group in torch.randperm(len(groups), generator=generator).tolist():
+            batch = _collate([chosen[index] for index in groups[group]])
+            batch["tokens"] = self._corrupt(batch["tokens"], generator)
+            yield batch
+
+    def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Flow matching loss plus the weighted prior; metrics `flow` and `prior`."""
+        streaming = bool(torch.rand(()) < self.config.streaming_share)
+        loss, metrics = self.model.cfm_loss(batch["tokens"], batch["mel"], batch["lengths"], streaming=streaming)
+        return loss, dict(metrics)
+
+    def validate(self) -> dict[str, float]:
+        """L1 of natural-log mels: sampled frames and the encoder's estimate, both under the chunked masks; and losses."""
+        sums = torch.zeros(5)
+        device = self.model.encoder_proj.weight.device
+        for first in range(0, len(self.valid), 8):
+            batch = {key: value.to(device) for key, value in _collate(self.valid[first : first + 8]).items()}
+            tokens, mel, lengths = batch["tokens"], batch["mel"], batch["lengths"]
+            frames = (
+                torch.arange(mel.shape[1], device=device)[None] < lengths[:, None] * self.config.flow.frames_per_token
+            )
+            _, losses = self.model.cfm_loss(tokens, mel, lengths)
+            for place, predicted in enumerate(
+                (self.model.mel(tokens, lengths=lengths), self.model.estimate(tokens, lengths))
+            ):
+                sums[place] += (predicted.float() - mel).abs().mean(dim=-1)[frames].sum().cpu()
+            count = frames.sum().cpu()
+            sums[2:] += torch.stack([losses["flow"].cpu() * count, losses["prior"].cpu() * count, count])
+        values = (sums[:4] / sums[4]).tolist()
+        return dict(zip(("mel_l1", "estimate_l1", "flow", "prior"), values, strict=True))
+
+    def export(self, folder: Path) -> None:
+        """Writes model.safetensors and config.json."""
+        self.model.save(folder)
+
+
+@torch.no_grad()
+def write_predicted_mels(flow: Flow, data: Path, split: str = "train", batch_tokens: int = 2000) -> Path:
+    """Writes `predicted_mels/{split}-00000.tar` under `data`: `{id}.npy` (frames, bins) float16 for every tokenised sentence.
+
+    The frames are those that a stream would give. The file appears under its name only when it is complete.
+    """
+    tokens = load_tokens(data, split)
+    folder = data / "predicted_mels"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{split}-00000.tar"
+    partial = target.with_suffix(".tmp")
+    groups: list[list[str]] = [[]]
+    for name in sorted((name for name in tokens if len(tokens[name])), key=lambda name: len(tokens[name])):
+        if groups[-1] and len(tokens[name]) * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(name)
+    device = flow.encoder_proj.weight.device
+    with tarfile.open(partial, "w") as tar:
+        for group in track(groups, description=f"predicted mels, {split}"):
+            rows = [tokens[name] for name in group]
+            lengths = torch.tensor([len(row) for row in rows], device=device)
+            padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+            mels = flow.mel(padded, lengths=lengths).cpu()
+            for name, row, mel in zip(group, rows, mels, strict=True):
+                content = io.BytesIO()
+                np.save(content, mel[: len(row) * flow.config.frames_per_token].numpy().astype(np.float16))
+                member = tarfile.TarInfo(f"{name}.npy")
+                member.size = content.tell()
+                content.seek(0)
+                tar.addfile(member, content)
+    os.replace(partial, target)
+    return target
+
+
+def main() -> None:
+    """Command line of `write_predicted_mels`."""
+    parser = argparse.ArgumentParser(description="Write the mels that a trained flow predicts from the data's tokens.")
+    parser.add_argument("flow", type=Path, help="folder with model.safetensors and config.json")
+    parser.add_argument("data", type=Path, help="data folder with answer_tokens")
+    parser.add_argument("--splits", nargs="+", default=["train", "valid"])
+    arguments = parser.parse_args()
+    flow = Flow.from_folder(arguments.flow)
+    for split in arguments.splits:
+        print(write_predicted_mels(flow, arguments.data, split))
+
+
+if __name__ == "__main__":
+    main()
