@@ -243,3 +243,9 @@ def test_recipes_parse_against_their_tasks():
         recipe, options = engine.load_recipe(path)
         assert isinstance(recipe, Recipe), path
         assert options is not None, path
+
+
+def test_flow_recipe_is_the_mini_flow():
+    flow = pytest.importorskip("vocalnet.vocoder.flow")
+    _, options = engine.load_recipe(ROOT / "recipes/flow.yaml")
+    assert options.flow == flow.mini_flow_config(options.flow.tokens, options.flow.token_levels)
