@@ -377,14 +377,18 @@ class AlignTask:
         """Logits (N, vocabulary) float32 and targets (N,) over all answer tokens; the head runs on those rows alone."""
         llm = _causal(self.model.llm)
         embed = llm.get_input_embeddings()
-        before, after = embed(self.prefix.to(embed.weight.device)), embed(self.suffix.to(embed.weight.device))
+        after = embed(self.suffix.to(embed.weight.device))
         sequences = [
-            torch.cat([before, row.to(before.dtype), after, embed(answer[:-1])])
+            torch.cat([row.to(after.dtype), after, embed(answer[:-1])])
             for row, answer in zip(rows, answers, strict=True)
         ]
+        # All samples share the prompt's beginning: it is run once, with gradients, and its keys and values repeated.
+        start = llm.get_decoder()(inputs_embeds=embed(self.prefix.to(after.device))[None], use_cache=True)
+        cache = start.past_key_values
+        cache.batch_repeat_interleave(len(sequences))
         # Padding is on the right and attention causal, so no mask is needed: padded rows are simply not read.
         inputs = pad_sequence(sequences, batch_first=True)
-        hidden = llm.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state  # (B, T, D)
+        hidden = llm.get_decoder()(inputs_embeds=inputs, past_key_values=cache).last_hidden_state  # (B, T, D)
         wanted = torch.cat(
             [hidden[i, len(s) - len(a) : len(s)] for i, (s, a) in enumerate(zip(sequences, answers, strict=True))]
         )
