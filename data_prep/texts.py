@@ -1,0 +1,320 @@
+"""Texts: fact tables × phrasings → questions with short spoken answers, and plain sentences for speech coverage.
+
+The tables under ``facts/`` hold what is true; each category lists its training and its validation phrasings, which never
+overlap. Everything is deterministic in the seed, and everything is speakable: no digits, no symbols.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.common import Size, atomic_write
+from vocalnet.errors import DataError
+
+FACTS = Path(__file__).parent / "facts"
+SPEAKABLE = re.compile(r"[A-Za-z][A-Za-z ,'-]*(?:[.?!] [A-Za-z][A-Za-z ,'-]*)*[.?!]")
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MONTHS = "January February March April May June July August September October November December".split()
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+Fields = dict[str, str]
+
+
+def number_words(number: int) -> str:
+    """``42`` → "forty two", for 0 to 999."""
+    if number < 20:
+        return ONES[number]
+    if number < 100:
+        return TENS[number // 10] + (f" {ONES[number % 10]}" if number % 10 else "")
+    return f"{ONES[number // 100]} hundred" + (f" {number_words(number % 100)}" if number % 100 else "")
+
+
+DIGITS = {number_words(n): str(n) for n in range(1000)}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question in one phrasing, with its answer; ``accept``: strings any of which makes a transcript right."""
+
+    id: str
+    split: str
+    category: str
+    question: str
+    answer: str
+    accept: list[str]
+    spoken: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact with every phrasing of its question."""
+
+    category: str
+    train: list[str]
+    valid: list[str]
+    answer: str
+    accept: list[str]
+    sentences: list[str] = field(default_factory=list)
+
+
+def text_id(text: str) -> str:
+    """The name of a spoken text everywhere in the data set."""
+    return hashlib.sha1(text.encode()).hexdigest()[:16]
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of a text, the unit of vocabulary coverage."""
+    return re.findall(r"[a-z']+", text.lower())
+
+
+# ---------------------------------------------------------------- generated tables
+
+
+def _additions() -> Iterator[list[str]]:
+    for a in range(1, 13):
+        for b in range(1, 13):
+            if max(a, b) <= 10 or a == b:
+                yield [number_words(a), number_words(b), number_words(a + b)]
+
+
+def _subtractions() -> Iterator[list[str]]:
+    for a in range(2, 13):
+        for b in range(1, a + 1):
+            yield [number_words(a), number_words(b), number_words(a - b)]
+
+
+def _multiplications() -> Iterator[list[str]]:
+    for a in range(2, 11):
+        for b in range(2, 11):
+            if a * b <= 50 or a == b or 10 in (a, b):
+                yield [number_words(a), number_words(b), number_words(a * b)]
+
+
+def _neighbours(names: list[str], step: int) -> list[list[str]]:
+    return [[name, names[(i + step) % len(names)]] for i, name in enumerate(names)]
+
+
+GENERATORS: dict[str, Callable[[], Iterable[list[str]]]] = {
+    "addition": _additions,
+    "subtraction": _subtractions,
+    "multiplication": _multiplications,
+    "next_day": lambda: _neighbours(DAYS, 1),
+    "previous_day": lambda: _neighbours(DAYS, -1),
+    "next_month": lambda: _neighbours(MONTHS, 1),
+    "previous_month": lambda: _neighbours(MONTHS, -1),
+    "next_number": lambda: ([number_words(n), number_words(n + 1)] for n in range(1, 30)),
+}
+
+
+# ---------------------------------------------------------------- reading the tables
+
+
+def _entries(text: str) -> list[str]:
+    return [entry.strip() for entry in re.split(r"[;\n]", text) if entry.strip()]
+
+
+def _rows(group: dict[str, Any]) -> list[list[str]]:
+    """The rows of a table, one string a field; alternatives for transcripts still joined by ``|``."""
+    generate = group.get("generate")
+    if generate == "spelling":
+        return [[word, " ".join(word.upper())] for word in _entries(group["facts"])]
+    if generate:
+        return [list(row) for row in GENERATORS[generate]()]
+    rows = [[cell.strip() for cell in entry.split(" = ")] for entry in _entries(group["facts"])]
+    if group.get("symmetric"):
+        known = {row[0] for row in rows}
+        rows += [[row[1], row[0]] for row in rows if row[1] not in known]
+    return rows
+
+
+def _sentence(template: str, fields: Fields) -> str:
+    text = template.format(**fields)
+    text = re.sub(r"([.?!] |^)([a-z])", lambda m: m[1] + m[2].upper(), text)
+    return text
+
+
+def _accepted(group: dict[str, Any], row: Fields, alternatives: list[dict[str, str]]) -> list[str]:
+    """Lower-case key strings; articles dropped, numbers also as digits."""
+    keys = []
+    for fields in [row, *alternatives]:
+        key = group["accept"].format(**{"key": fields[group["fields"][-1]], **fields}).lower()
+        key = re.sub(r"^(the|a|an) ", "", key)
+        keys += [key, DIGITS[key]] if key in DIGITS else [key]
+    return list(dict.fromkeys(keys))
+
+
+def _table_facts(group: dict[str, Any]) -> Iterator[Fact]:
+    names = group["fields"]
+    for row in _rows(group):
+        if len(row) != len(names):
+            raise DataError(f"facts table {group['category']!r}: {' = '.join(row)!r} has {len(row)} fields, not {len(names)}")
+        cells = [cell.split("|") for cell in row]
+        fields = dict(zip(names, (cell[0] for cell in cells), strict=True))
+        others = [{**fields, names[-1]: other} for other in cells[-1][1:]]
+        yield Fact(
+            category=group["category"],
+            train=[_sentence(t, fields) for t in group["train"]],
+            valid=[_sentence(t, fields) for t in group["valid"]],
+            answer=_sentence(group["answer"], fields),
+            accept=_accepted(group, fields, others),
+            sentences=[_sentence(t, fields) for t in group.get("sentences", [])],
+        )
+
+
+def _item_facts(group: dict[str, Any]) -> Iterator[Fact]:
+    for item in group["items"]:
+        yield Fact(group["category"], item["train"], item["valid"], item["answer"], item["accept"])
+
+
+def load_facts(folder: Path = FACTS, per_group: int | None = None) -> list[Fact]:
+    """All facts of the tables in ``folder``, or the first ``per_group`` of each category."""
+    facts: list[Fact] = []
+    for path in sorted(folder.glob("*.yaml")):
+        for group in yaml.safe_load(path.read_text()):
+            found = list(_item_facts(group) if "items" in group else _table_facts(group))
+            facts += found[:per_group]
+    if not facts:
+        raise DataError(f"no facts tables (*.yaml) in {folder}")
+    _check(facts)
+    return facts
+
+
+def _check(facts: list[Fact]) -> None:
+    """Refuse ambiguous questions, shared phrasings and unspeakable text."""
+    answers: dict[str, str] = {}
+    for fact in facts:
+        for question in [*fact.train, *fact.valid]:
+            if answers.setdefault(question.lower(), fact.answer) != fact.answer:
+                raise DataError(f"{question!r} has two answers: {answers[question.lower()]!r} and {fact.answer!r}")
+        if not any(f" {' '.join(words(key))} " in f" {' '.join(words(fact.answer))} " for key in fact.accept):
+            raise DataError(f"the answer {fact.answer!r} holds none of its accepted strings {fact.accept}")
+        for text in [*fact.train, *fact.valid, *fact.sentences, fact.answer]:
+            if not SPEAKABLE.fullmatch(text):
+                raise DataError(f"not speakable as it stands: {text!r}")
+    trained = {question.lower() for fact in facts for question in fact.train}
+    shared = [question for fact in facts for question in fact.valid if question.lower() in trained]
+    if shared:
+        raise DataError(f"validation question {shared[0]!r} is also a training question")
+
+
+# ---------------------------------------------------------------- the step
+
+
+def _turns(facts: list[Fact], split: str) -> list[Turn]:
+    turns = {}
+    for fact in facts:
+        for question in fact.train if split == "train" else fact.valid:
+            turn = Turn(text_id(question), split, fact.category, question, fact.answer, fact.accept, fact.answer)
+            turns.setdefault(turn.id, turn)
+    return list(turns.values())
+
+
+def _balanced(turns: list[Turn], count: int, rng: random.Random) -> list[Turn]:
+    """Up to ``count`` turns, round-robin over the categories, so that every prefix is balanced too."""
+    by_category: dict[str, list[Turn]] = {}
+    for turn in turns:
+        by_category.setdefault(turn.category, []).append(turn)
+    for queue in by_category.values():
+        rng.shuffle(queue)
+    chosen: list[Turn] = []
+    while by_category and len(chosen) < count:
+        for category in sorted(by_category):
+            chosen.append(by_category[category].pop())
+        by_category = {category: queue for category, queue in by_category.items() if queue}
+    return chosen[:count]
+
+
+def chatterbot_sentences() -> list[str]:
+    """Clean short sentences of the chatterbot-corpus package (BSD), if it is installed."""
+    try:
+        import chatterbot_corpus
+    except ImportError:
+        return []
+    found = set()
+    for path in sorted(Path(chatterbot_corpus.__file__).parent.glob("data/english/*.yml")):
+        for conversation in yaml.safe_load(path.read_text(encoding="utf8")).get("conversations", []):
+            for line in conversation:
+                for text in re.split(r"(?<=[.!?])\s+", str(line).replace("\n", " ")):
+                    text = text.strip()
+                    text = text[:1].upper() + text[1:] + ("" if text[-1:] in ".?!" else ".")
+                    if 4 <= len(words(text)) <= 14 and SPEAKABLE.fullmatch(text):
+                        found.add(text)
+    return sorted(found)
+
+
+def coverage_sentences(facts: list[Fact], count: int, rng: random.Random) -> list[str]:
+    """Up to ``count`` distinct sentences beside the answers: carriers round the answers' words, then plain talk.
+
+    Carriers are taken greedily by their rarest word, so that every answer word is heard in several contexts.
+    """
+    answers = {fact.answer for fact in facts}
+    carriers = sorted({s for fact in facts for s in fact.sentences} - answers)
+    plain = [s for s in chatterbot_sentences() if s not in answers]
+    rng.shuffle(carriers)
+    rng.shuffle(plain)
+    heard: dict[str, int] = {}
+    scored = []
+    for text in carriers:
+        scored.append((min(heard.get(w, 0) for w in words(text)), text))
+        for word in words(text):
+            heard[word] = heard.get(word, 0) + 1
+    scored.sort(key=lambda pair: pair[0])
+    share = min(len(plain), count // 4)
+    return [text for _, text in scored[: count - share]] + plain[:share]
+
+
+def _jsonl(rows: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def make_texts(data: Path, size: Size, seed: int = 0) -> dict[str, int]:
+    """Write ``texts/{train,valid,sentences}.jsonl`` under ``data``; returns the counts.
+
+    Raises:
+        DataError: a facts table is malformed, ambiguous or not speakable.
+    """
+    rng = random.Random(seed)
+    facts = load_facts(per_group=size.facts_per_group)
+    train = _turns(facts, "train")
+    valid = _balanced(_turns(facts, "valid"), size.valid_questions, rng)
+    sentences = coverage_sentences(facts, size.sentences, rng)
+    folder = data / "texts"
+    atomic_write(folder / "train.jsonl", _jsonl(asdict(turn) for turn in train))
+    atomic_write(folder / "valid.jsonl", _jsonl(asdict(turn) for turn in valid))
+    atomic_write(folder / "sentences.jsonl", _jsonl({"id": text_id(s), "text": s} for s in sentences))
+    return {
+        "facts": len(facts),
+        "categories": len({fact.category for fact in facts}),
+        "train questions": len(train),
+        "valid questions": len(valid),
+        "distinct answers": len({fact.answer for fact in facts}),
+        "sentences": len(sentences),
+        "question words": len({w for turn in train for w in words(turn.question)}),
+        "answer words": len({w for fact in facts for w in words(fact.answer)}),
+    }
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a jsonl file.
+
+    Raises:
+        DataError: the file is missing or a line is not JSON.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: run `python -m data_prep texts` first") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is damaged ({error}): run the step that writes it again") from None
