@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,20 @@ def test_finished_run_can_be_extended(recipe, tmp_path):
         recipe, ["trainer.schedule=constant", "trainer.max_steps=40", f"output={tmp_path / 'straight'}"]
     )
     assert_same(weights(tmp_path / "straight"), weights(tmp_path / "out"))
+
+
+def test_batches_of_any_shape_move_to_the_device():
+    @dataclass(frozen=True)
+    class Padded:
+        x: torch.Tensor
+        names: list[str]
+
+    x = torch.zeros(2)
+    moved = engine.to_device({"a": [Padded(x, ["one"]), (x, 3)]}, torch.device("meta"))
+    assert moved["a"][0].x.is_meta
+    assert moved["a"][0].names == ["one"]
+    assert moved["a"][1][0].is_meta
+    assert moved["a"][1][1] == 3
 
 
 def test_schedules():

@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, gather_object, send_to_device
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
 from vocalnet.config import from_dict, load_yaml, to_dict, with_overrides
@@ -119,6 +119,19 @@ def learning_rate_factor(config: TrainerConfig, position: Position) -> float:
         return warmup
     cosine = 0.5 * (1 + math.cos(math.pi * fraction_done(config, position)))
     return warmup * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`: looks into dataclasses, dicts, lists and tuples."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: to_device(getattr(batch, f.name), device) for f in fields(batch)})
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    return batch
 
 
 class _LossModule(nn.Module):
@@ -276,7 +289,7 @@ class Engine:
             while len(group := list(islice(batches, world))) == world:  # an incomplete last round is dropped
                 used += 1
                 self.position.batch_index += 1
-                yield send_to_device(group[rank], self.accelerator.device)
+                yield to_device(group[rank], self.accelerator.device)
             if not skipped and not used:
                 raise DataError(f"task '{self.recipe.task}' finds no training batch in {self.recipe.data}")
             self.position.epoch += 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vocalnet.errors import ConfigError
 
 Batch = Any
-"""Tensors, or nested tuples, lists and dicts of them: the engine moves tensors to the device, leaves the rest alone."""
+"""Tensors, or nested dataclasses, tuples, lists and dicts of them; the engine moves the tensors to the device."""
 
 
 class Task(Protocol):
