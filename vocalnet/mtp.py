@@ -1,0 +1,109 @@
+"""Multi-token prediction: heads that predict the tokens after the next one from the speech decoder's hidden states.
+
+One interface, `MTPHead`, for training and streaming alike: whoever drives it supplies `run`, which applies one Llama
+layer to rows of hidden states at a depth, with the mask of a training batch or with the caches of a stream.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from vocalnet.layers import LayerConfig, LlamaLayer, PackedLinear, Precision, RMSNorm, pack_module
+
+RunLayer = Callable[[LlamaLayer, Tensor, int], Tensor]
+"""(layer, hidden (B, rows, width), depth) → hidden (B, rows, width): attention sees what depth `depth` may see."""
+
+
+class MTPHead(nn.Module, ABC):
+    """Predicts token i + 1 + k at position i, for the depths k = 1 … `depth`."""
+
+    depth: int
+
+    @abstractmethod
+    def hidden_states(self, hidden: Tensor, run: RunLayer, count: int) -> Iterator[Tensor]:
+        """Yields the states of depths 1 … `count` over all rows.
+
+        Args:
+            hidden: (B, rows, width), the decoder's states before its final norm, over text and speech rows alike.
+            run: applies a layer under the right mask.
+            count: how many depths; at most `depth`.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor, depth: int) -> Tensor:
+        """(..., width) states of `depth` as yielded by `hidden_states` → (..., vocabulary)."""
+
+    @abstractmethod
+    def layer_configs(self) -> list[LayerConfig]:
+        """The layer that needs a cache at each depth, in order."""
+
+    @abstractmethod
+    def pack(self, precision: Precision) -> None:
+        """Turns all weights into inference form."""
+
+
+class Head(nn.Module):
+    """Final norm and output projection to the vocabulary."""
+
+    def __init__(self, config: LayerConfig, vocabulary: int) -> None:
+        super().__init__()
+        self.norm_final = RMSNorm(config.width, config.eps)
+        self.output_proj = nn.Linear(config.width, vocabulary)
+        self.packed: PackedLinear | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., width) before the norm → (..., vocabulary)."""
+        project = self.output_proj if self.packed is None else self.packed
+        return project(self.norm_final(hidden))
+
+    def pack(self, precision: Precision) -> None:
+        """Inference form of the head."""
+        self.packed = pack_module([self.output_proj], precision)
+
+
+class SequentialModule(Head):
+    """One depth of the sequential kind: a Llama layer and a head of its own."""
+
+    def __init__(self, config: LayerConfig, vocabulary: int) -> None:
+        super().__init__(config, vocabulary)
+        self.decoder_layer = LlamaLayer(config)
+
+    def pack(self, precision: Precision) -> None:
+        """Inference form of layer and head."""
+        super().pack(precision)
+        self.decoder_layer.pack(precision)
+
+
+class SequentialMTP(nn.ModuleList, MTPHead):
+    """VocalNet's kind: depth k runs one layer over the states of depth k - 1. No token embedding enters.
+
+    The tokens of one step are therefore independent given the prefix. Parameter names are those of the released
+    checkpoints (`mtp_layers.0.decoder_layer…`).
+    """
+
+    def __init__(self, config: LayerConfig, vocabulary: int, depth: int) -> None:
+        super().__init__([SequentialModule(config, vocabulary) for _ in range(depth)])
+        self.depth = depth
+        self.config = config
+
+    def hidden_states(self, hidden: Tensor, run: RunLayer, count: int) -> Iterator[Tensor]:
+        """See `MTPHead.hidden_states`."""
+        for depth, module in enumerate(list(self)[:count], start=1):
+            hidden = run(module.decoder_layer, hidden, depth)
+            yield hidden
+
+    def logits(self, hidden: Tensor, depth: int) -> Tensor:
+        """See `MTPHead.logits`."""
+        return self[depth - 1].logits(hidden)
+
+    def layer_configs(self) -> list[LayerConfig]:
+        """See `MTPHead.layer_configs`."""
+        return [self.config] * self.depth
+
+    def pack(self, precision: Precision) -> None:
+        """See `MTPHead.pack`."""
+        for module in self:
+            module.pack(precision)

@@ -1,0 +1,494 @@
+"""The speech decoder: hidden states of the answer's text in, 25 Hz speech tokens out.
+
+Rows of one sequence, as the layers see them:
+
+    BOS  text 1 … text T | SOS  token 0 … token S-1
+
+Text rows come from the LLM through the projector layers; text and speech count positions separately. `training_pass`
+runs whole batches under the masks of `vocalnet.mask`; `init_state`, `add_text` and the functions in
+`vocalnet.decoding` run the same arithmetic as a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from vocalnet.errors import ConfigError
+from vocalnet.layers import (
+    KVCache,
+    LayerConfig,
+    LlamaLayer,
+    PackedLinear,
+    Precision,
+    RMSNorm,
+    Rotary,
+    Rotation,
+    compute_dtype,
+    pack_module,
+)
+from vocalnet.mask import last_speech_row, training_mask, visible_text_count
+from vocalnet.mtp import SequentialMTP
+
+IGNORE = -100
+"""Target of rows without one, as in `torch.nn.functional.cross_entropy`."""
+
+
+@dataclass(frozen=True)
+class SpeechDecoderConfig:
+    """Sizes and schedule of the speech decoder.
+
+    `compatible` reproduces the arithmetic of the released checkpoints: text and speech share one position counter,
+    and a stream sees all text there is. `speech_position_scale` sets the pace of speech positions against text
+    positions (text rows per speech token), in the first `scaled_heads` heads (all by default); the others count speech rows one by one.
+    """
+
+    llm_hidden_size: int
+    width: int
+    heads: int
+    ffn: int
+    units: int
+    layers: int = 4
+    projector_layers: int = 2
+    mtp_modules: int = 5
+    text_chunk: int = 5
+    speech_chunk: int = 15
+    text_input: Literal["hidden", "hidden+embedding"] = "hidden"
+    speech_position_scale: float = 1.0
+    scaled_heads: int | None = None
+    rotary_base: float = 10000.0
+    eps: float = 1e-6
+    compatible: bool = False
+
+    def __post_init__(self) -> None:
+        if self.compatible and (
+            self.text_input != "hidden"
+            or self.width != self.llm_hidden_size
+            or self.speech_position_scale != 1
+        ):
+            raise ConfigError(
+                "compatible needs text_input 'hidden', width equal to llm_hidden_size and speech_position_scale 1; "
+                f"got '{self.text_input}', {self.width} and {self.llm_hidden_size}, {self.speech_position_scale}"
+            )
+        if self.text_chunk < 1 or self.speech_chunk < 1 or self.mtp_modules < 0:
+            raise ConfigError(
+                f"text_chunk {self.text_chunk} and speech_chunk {self.speech_chunk} must be at least 1, "
+                f"mtp_modules {self.mtp_modules} at least 0"
+            )
+
+    @property
+    def bos(self) -> int:
+        """Begins the text rows."""
+        return self.units
+
+    @property
+    def sos(self) -> int:
+        """Begins the speech rows."""
+        return self.units + 1
+
+    @property
+    def eos(self) -> int:
+        """Ends the speech."""
+        return self.units + 2
+
+    @property
+    def vocabulary(self) -> int:
+        """Speech tokens, then BOS, SOS, EOS and padding."""
+        return self.units + 4
+
+    @property
+    def input_size(self) -> int:
+        """Width of one text row as the LLM gives it."""
+        return self.llm_hidden_size * (2 if self.text_input == "hidden+embedding" else 1)
+
+    @property
+    def layer(self) -> LayerConfig:
+        """Every layer has this shape."""
+        return LayerConfig(width=self.width, heads=self.heads, ffn=self.ffn, eps=self.eps)
+
+
+class TextInput(nn.Module):
+    """Brings the LLM's rows to the decoder's width.
+
+    Two views of each token are normalised apart, since an input embedding (RMS about 0.1) would drown beside a hidden
+    state (RMS about 1): the hidden state knows the context, the embedding the spelling.
+    """
+
+    def __init__(self, config: SpeechDecoderConfig) -> None:
+        super().__init__()
+        views = config.input_size // config.llm_hidden_size
+        self.norms = nn.ModuleList(RMSNorm(config.llm_hidden_size, config.eps) for _ in range(views))
+        self.proj = nn.Linear(config.input_size, config.width)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(B, T, input_size) → (B, T, width)."""
+        views = rows.chunk(len(self.norms), -1)
+        return self.proj(torch.cat([norm(view) for norm, view in zip(self.norms, views, strict=True)], -1))
+
+
+@dataclass
+class TrainingPass:
+    """What one offline pass leaves: everything the losses need, at the rows that have a target."""
+
+    hidden: Tensor
+    """(N, width): decoder states before the final norm, at all speech rows of all samples (SOS … last token)."""
+    logits: list[Tensor]
+    """Decoder and modules, each (N, vocabulary)."""
+    targets: list[Tensor]
+    """Each (N,): the token k + 1 rows on, IGNORE past the end."""
+
+
+@dataclass
+class SpeechState:
+    """One answer being spoken.
+
+    Every layer has one cache of `max_text + max_speech` rows: text grows to the left of row `max_text` and speech to the
+    right, so that what is visible is always one view, and nothing moves when either grows.
+    """
+
+    max_text: int
+    max_speech: int
+    modules: int
+    streaming: bool
+    projector: list[KVCache]
+    decoder: list[KVCache]
+    heads: list[KVCache]
+    text_rotation: Rotation
+    speech_rotation: Rotation
+    text_rows: int = 0
+    text_complete: bool = False
+    speech_rows: int = 0
+    """Rows in the caches that hold, SOS first."""
+    newest: list[int] = field(default_factory=list)
+    """Tokens to feed next: the newest certain ones, then unverified drafts."""
+    draft_laws: Tensor | None = None
+    """(drafts, vocabulary): the distributions that the drafts in `newest` were drawn from."""
+    generated: list[int] = field(default_factory=list)
+    """All speech tokens so far, handed out or not."""
+    handed_out: int = 0
+    steps: int = 0
+    """How many times the decoder ran."""
+    ended: bool = False
+    """EOS was drawn, or the caches are full."""
+
+    @property
+    def finished(self) -> bool:
+        """Nothing more will come."""
+        return self.ended and self.handed_out == len(self.generated)
+
+
+class SpeechDecoder(nn.Module):
+    """Projector, decoder layers, output head and multi-token prediction."""
+
+    def __init__(self, config: SpeechDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        if config.text_input != "hidden" or config.width != config.llm_hidden_size:
+            self.text_input: nn.Module = TextInput(config)
+        else:
+            self.text_input = nn.Identity()
+        self.encode_layers = nn.ModuleList(LlamaLayer(config.layer) for _ in range(config.projector_layers))
+        self.decode_layers = nn.ModuleList(LlamaLayer(config.layer) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.eps)
+        self.output_proj = nn.Linear(config.width, config.vocabulary)
+        self.mtp_layers = SequentialMTP(config.layer, config.vocabulary, config.mtp_modules)
+        self.rotary = Rotary(config.layer.size, config.rotary_base)
+        self.packed_output: PackedLinear | None = None
+        self.dtype = torch.float32
+
+    def text_rows(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """One row per text token: hidden states after the LLM read it, and its input embedding if configured.
+
+        (..., T, llm_hidden_size) each → (..., T, input_size). The end token that closes a text has no hidden state;
+        give its input embedding for both.
+        """
+        return torch.cat((hidden, embedding), -1) if self.config.text_input == "hidden+embedding" else hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., width) before the final norm → (..., vocabulary)."""
+        return (self.output_proj if self.packed_output is None else self.packed_output)(self.norm(hidden))
+
+    def text_rotation(self, positions: Tensor) -> Rotation:
+        """(T,) text positions, BOS = 0 → Rotation."""
+        return self.rotary(positions)
+
+    def speech_rotation(self, positions: Tensor) -> Rotation:
+        """(T,) speech rows, SOS = 0 (compatible: positions in the common counter) → Rotation, per head if scaled."""
+        config = self.config
+        scale = positions.new_ones(config.heads, 1, dtype=torch.float32)
+        scale[: config.heads if config.scaled_heads is None else config.scaled_heads] = config.speech_position_scale
+        cos, sin = self.rotary(positions * scale)  # (H, T, 1, D)
+        # Queries and keys are rotated side by side, hence twice the heads.
+        return Rotation(*(part.squeeze(2).transpose(0, 1).repeat(1, 2, 1) for part in (cos, sin)))
+
+    # ---- training ----
+
+    def training_pass(
+        self, text: Sequence[Tensor], tokens: Sequence[Tensor], streaming: Tensor, modules: int | None = None
+    ) -> TrainingPass:
+        """Runs a batch offline, with teacher forcing.
+
+        Args:
+            text: per sample (T_i, input_size) rows, the end token's last.
+            tokens: per sample (S_i,) speech tokens, without EOS.
+            streaming: (B,) bool, the mask of each sample.
+            modules: how many of the MTP modules to run; default all.
+        """
+        config = self.config
+        chunks = (config.text_chunk, config.speech_chunk)
+        count = config.mtp_modules if modules is None else modules
+        device = self.embedding.weight.device
+        text_lengths = torch.tensor([len(rows) + 1 for rows in text], device=device)
+        speech_lengths = torch.tensor([len(row) + 1 for row in tokens], device=device)
+        speech_in = pad_sequence([F.pad(row, (1, 0), value=config.sos) for row in tokens], True, config.units + 3)
+        text_in = self._project_batch(pad_sequence(list(text), True), text_lengths)
+        text_size, speech_size = text_in.shape[1], speech_in.shape[1]
+        x = torch.cat((text_in, self.embedding(speech_in)), 1)  # (B, L, width)
+        rotation = self._batch_rotation(text_size, speech_size)
+        masks = [
+            self._bias(training_mask(text_lengths, text_size, speech_size, streaming, *chunks, depth))
+            for depth in range(count + 1)
+        ]
+
+        def run(layer: LlamaLayer, hidden: Tensor, depth: int) -> Tensor:
+            return layer(hidden, rotation, masks[depth])
+
+        for layer in self.decode_layers:
+            x = run(layer, x, 0)
+        rows = torch.arange(speech_size, device=device)[None] < speech_lengths[:, None]  # (B, Ts)
+        hidden = x[:, text_size:][rows]
+        logits = [self.head(hidden)]
+        for depth, state in enumerate(self.mtp_layers.hidden_states(x, run, count), start=1):
+            logits.append(self.mtp_layers.logits(state[:, text_size:][rows], depth))
+        full = [F.pad(F.pad(row, (0, 1), value=config.eos), (0, count), value=IGNORE) for row in tokens]
+        targets = [torch.cat([row[k : len(row) - count + k] for row in full]) for k in range(count + 1)]
+        return TrainingPass(hidden, logits, targets)
+
+    def training_loss(
+        self,
+        text: Sequence[Tensor],
+        tokens: Sequence[Tensor],
+        streaming: Tensor,
+        decay: float = 0.8,
+        modules: int | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """CE₀ + Σ decayᵏ·CE_k, each averaged over its targets. Arguments as in `training_pass`.
+
+        Returns:
+            The loss and detached metrics `ce0`, `ce1`, ….
+        """
+        return token_losses(self.training_pass(text, tokens, streaming, modules), decay)
+
+    # ---- streaming ----
+
+    def prepare_inference(self, precision: Precision = "fp32") -> None:
+        """Fuses and converts the weights for generation. There is no way back to training."""
+        for layer in [*self.encode_layers, *self.decode_layers]:
+            layer.pack(precision)
+        self.mtp_layers.pack(precision)
+        self.packed_output = pack_module([self.output_proj], precision)
+        self.dtype = compute_dtype(precision)
+        self.to(self.dtype).requires_grad_(False).eval()
+
+    def init_state(
+        self, max_text: int = 512, max_speech: int = 4096, modules: int | None = None, streaming: bool = True
+    ) -> SpeechState:
+        """An empty state, with all memory allocated.
+
+        Args:
+            max_text: most text rows, BOS and end token included.
+            max_speech: most speech rows; speech ends there at the latest.
+            modules: how many MTP modules to use, 0 … mtp_modules; default all.
+            streaming: False for the non-streaming mask: all text first, then all speech.
+
+        Raises:
+            ConfigError: modules out of range.
+        """
+        config = self.config
+        count = config.mtp_modules if modules is None else modules
+        if not 0 <= count <= config.mtp_modules:
+            raise ConfigError(f"modules is {count}; this decoder has {config.mtp_modules}, allowed: 0 to that")
+        device = self.embedding.weight.device
+
+        def caches(layers: Sequence[LayerConfig], capacity: int) -> list[KVCache]:
+            return [KVCache.allocate(1, layer, capacity, self.dtype, device) for layer in layers]
+
+        common = max_text + max_speech
+        speech_positions = torch.arange(common if config.compatible else max_speech, device=device)
+        return SpeechState(
+            max_text,
+            max_speech,
+            count,
+            streaming,
+            caches([config.layer] * config.projector_layers, max_text),
+            caches([config.layer] * config.layers, common),
+            caches(self.mtp_layers.layer_configs()[:count], common),
+            Rotation(*(x.to(self.dtype) for x in self.text_rotation(torch.arange(max_text, device=device)))),
+            Rotation(*(x.to(self.dtype) for x in self.speech_rotation(speech_positions))),
+            newest=[config.sos],
+        )
+
+    @torch.no_grad()
+    def add_text(self, rows: Tensor, state: SpeechState, last: bool = False) -> None:
+        """Gives more of the answer's text.
+
+        Args:
+            rows: (T, input_size), any T ≥ 0; see `text_rows`.
+            last: no text follows; the end token's row is the last one here (released checkpoints and ours need it).
+
+        Raises:
+            ConfigError: text after the last, more rows than `max_text`, or a second part without streaming.
+        """
+        config = self.config
+        if state.text_complete:
+            raise ConfigError("the text is complete (last=True was given); start a new state for another answer")
+        if not state.streaming and not last:
+            raise ConfigError("without streaming the text comes in one piece; give all of it with last=True")
+        state.text_complete = last
+        x = self.text_input(rows.to(self.dtype)[None])
+        size = rows.shape[0]
+        first = state.projector[0].length if state.projector else max(state.text_rows - 1, 0)
+        if state.text_rows + size + (state.text_rows == 0) > state.max_text:
+            raise ConfigError(f"{state.text_rows + size} text rows do not fit max_text {state.max_text}; allow more")
+        if size == 0:
+            return
+        rotation = state.text_rotation.rows(first, first + size)
+        for layer, cache in zip(self.encode_layers, state.projector, strict=True):
+            x = layer.step(x, rotation, cache)
+        if state.text_rows == 0:
+            bos = torch.tensor([[config.bos]], device=x.device)
+            x = torch.cat((self.embedding(bos), x), 1)
+        self._cache_text(x, state)
+
+    def _cache_text(self, x: Tensor, state: SpeechState) -> None:
+        """Runs text rows (1, T, width) through decoder and modules for their keys and values."""
+        size = x.shape[1]
+        first, start = state.text_rows, state.max_text - state.text_rows - size
+        x = x.flip(1)  # the caches hold text from right to left
+        rotation = Rotation(*(part.flip(-3) for part in state.text_rotation.rows(first, first + size)))
+        mask = None
+        if state.streaming or self.config.compatible:
+            mask = torch.ones(size, first + size, dtype=torch.bool, device=x.device).triu()
+
+        def run(layer: LlamaLayer, hidden: Tensor, depth: int) -> Tensor:
+            cache = state.heads[depth - 1] if depth else current
+            if depth and self.config.compatible:
+                hidden = x  # the reference prefills every module with the decoder's states (training chains them)
+            return layer.step(hidden, rotation, cache, start, (start, state.max_text), mask)
+
+        for layer, current in zip(self.decode_layers, state.decoder, strict=True):
+            x = run(layer, x, 0)
+        for _ in self.mtp_layers.hidden_states(x, run, state.modules):
+            pass
+        state.text_rows += size
+
+    def speech_room(self, state: SpeechState) -> int:
+        """The last speech row that may be fed: its own text and that of its modules is all there."""
+        full = state.max_speech - 1
+        if state.text_complete:
+            return full
+        if not state.streaming or state.text_rows == 0:
+            return -1
+        if self.config.compatible:
+            return full
+        chunks = (self.config.text_chunk, self.config.speech_chunk)
+        return min(full, last_speech_row(state.text_rows, *chunks) - state.modules)
+
+    def feed(self, tokens: Sequence[int], state: SpeechState) -> Tensor:
+        """Runs speech rows through the decoder, after the `speech_rows` that hold; the count is left to the caller.
+
+        Returns:
+            (1, len(tokens), width) before the final norm, for `head` and `module_states`.
+        """
+        x = self.embedding(torch.tensor([tokens], device=self.embedding.weight.device))
+        rotation = self._speech_rows(state, len(tokens))
+        first, mask = self._visible(state, len(tokens), 0)
+        row = state.max_text + state.speech_rows
+        for layer, cache in zip(self.decode_layers, state.decoder, strict=True):
+            x = layer.step(x, rotation, cache, row, (first, row + len(tokens)), mask)
+        state.steps += 1
+        return x
+
+    def module_logits(self, hidden: Tensor, state: SpeechState) -> list[Tensor]:
+        """Feeds rows from `feed`, (1, n, width), to the modules; their logits at the last of them, each (vocabulary,)."""
+        size = hidden.shape[1]
+        rotation = self._speech_rows(state, size)
+        row = state.max_text + state.speech_rows
+
+        def run(layer: LlamaLayer, x: Tensor, depth: int) -> Tensor:
+            first, mask = self._visible(state, size, depth)
+            return layer.step(x, rotation, state.heads[depth - 1], row, (first, row + size), mask)
+
+        states = self.mtp_layers.hidden_states(hidden, run, state.modules)
+        return [self.mtp_layers.logits(x[0, -1], depth) for depth, x in enumerate(states, start=1)]
+
+    def _speech_rows(self, state: SpeechState, size: int) -> Rotation:
+        """Rotation of the next `size` speech rows."""
+        first = state.speech_rows + (state.text_rows if self.config.compatible else 0)
+        return state.speech_rotation.rows(first, first + size)
+
+    def visible_texts(self, state: SpeechState, row: int) -> int:
+        """How many text rows are visible from speech row `row` (a module's depth added)."""
+        if not state.streaming or self.config.compatible:
+            return state.text_rows
+        return min(state.text_rows, visible_text_count(row, self.config.text_chunk, self.config.speech_chunk))
+
+    def _visible(self, state: SpeechState, size: int, depth: int) -> tuple[int, Tensor | None]:
+        """First visible cache row of the next `size` speech rows at a depth, and what to add to their scores."""
+        counts = [self.visible_texts(state, state.speech_rows + i + depth) for i in range(size)]
+        if size == 1:
+            return state.max_text - counts[-1], None
+        columns = counts[-1] + state.speech_rows + size
+        mask = torch.full((size, columns), float("-inf"), dtype=self.dtype, device=self.embedding.weight.device)
+        mask = mask.triu_(columns - size + 1)
+        for i, count in enumerate(counts):
+            if count < counts[-1]:
+                mask[i, : counts[-1] - count] = float("-inf")
+        return state.max_text - counts[-1], mask
+
+    # ---- parts ----
+
+    def _project_batch(self, text: Tensor, lengths: Tensor) -> Tensor:
+        """(B, T, input_size) → (B, 1 + T, width): BOS, then the projected rows. Causal under both masks."""
+        rotation = self.text_rotation(torch.arange(text.shape[1], device=text.device))
+        x = self.text_input(text)
+        for layer in self.encode_layers:
+            x = layer(x, rotation, causal=True)
+        bos = self.embedding(torch.full((len(lengths), 1), self.config.bos, device=text.device))
+        return torch.cat((bos.to(x.dtype), x), 1)
+
+    def _bias(self, mask: Tensor) -> Tensor:
+        """(B, L, L) bool → (B, 1, L, L) floats to add to the scores, in the dtype of the attention."""
+        dtype = self.embedding.weight.dtype
+        if torch.is_autocast_enabled(mask.device.type):
+            dtype = torch.get_autocast_dtype(mask.device.type)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))[:, None]
+
+    def _batch_rotation(self, text_size: int, speech_size: int) -> Rotation:
+        """Positions of the padded layout [text | speech], as Rotation of (L, 2·heads, head_dim)."""
+        device = self.embedding.weight.device
+        text = self.text_rotation(torch.arange(text_size, device=device))
+        # The reference counts on from the padded text.
+        start = text_size if self.config.compatible else 0
+        speech = self.speech_rotation(torch.arange(start, start + speech_size, device=device))
+        return Rotation(*(torch.cat((a.expand(-1, b.shape[1], -1), b)) for a, b in zip(text, speech, strict=True)))
+
+
+def token_losses(result: TrainingPass, decay: float, accuracy: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of cross entropies, with CE and if asked top-1 accuracy per head as metrics."""
+    total = result.logits[0].new_zeros((), dtype=torch.float32)
+    metrics: dict[str, Tensor] = {}
+    for k, (logits, targets) in enumerate(zip(result.logits, result.targets, strict=True)):
+        loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE)
+        total = total + decay**k * loss
+        metrics[f"ce{k}"] = loss.detach()
+        if accuracy:
+            metrics[f"accuracy{k}"] = (logits.argmax(-1) == targets).sum() / (targets != IGNORE).sum()
+    return total, metrics
