@@ -1,0 +1,166 @@
+"""The command line: `vocalnet COMMAND --help`. Errors that a user can act on print one line and exit with status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vocalnet.errors import VocalNetError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+ModelOption = Annotated[str, typer.Option("--model", help="mini, or a model folder.")]
+SeedOption = Annotated[int, typer.Option(help="Fixes text, tokens and waveform on one machine.")]
+
+
+@app.command()
+def chat(
+    questions: Annotated[
+        list[Path] | None, typer.Argument(help="Sound files, answered in turn as one conversation.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="WAV file, or a folder for several answers.")] = None,
+    model: ModelOption = "mini",
+    mtp: Annotated[int | None, typer.Option(help="MTP modules to use, 0 to the model's own number.")] = None,
+    decoding: Annotated[Literal["accept-all", "verified"] | None, typer.Option(help="How drafts are used.")] = None,
+    seed: SeedOption = 0,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object a question.")] = False,
+) -> None:
+    """Answers spoken questions aloud, while the answer is still being made.
+
+    Example: vocalnet chat examples/question.wav --out answer.wav
+
+    Without files it listens to the microphone. Without --out it plays, or writes answer.wav where nothing can play.
+    """
+    from vocalnet.chat import chat_files, chat_microphone, choose_output
+    from vocalnet.devices import has_microphone
+    from vocalnet.errors import AudioError
+
+    inputs = questions or []
+    if not inputs and not has_microphone():
+        raise AudioError("no question and no microphone; give a sound file: vocalnet chat examples/question.wav")
+    output = choose_output(inputs or [Path("microphone.wav")], out, json_lines)
+    for file in inputs:
+        if len(inputs) == 1 and not file.is_file():
+            raise AudioError(f"no audio file {file}; give the path of a WAV, FLAC, OGG or MP3 file")
+    session = load_session(model, mtp, decoding, seed)
+    if not inputs:
+        chat_microphone(session, output)
+    elif chat_files(session, inputs, output):
+        raise typer.Exit(2)
+
+
+def load_session(model: str, mtp: int | None, decoding: str | None, seed: int):  # type: ignore[no-untyped-def]  # noqa: ANN201
+    """A session with the generation settings that were given."""
+    from dataclasses import replace
+
+    from vocalnet.model import VocalNet
+
+    loaded = VocalNet.load(model)
+    changes = {key: value for key, value in (("mtp", mtp), ("decoding", decoding)) if value is not None}
+    return loaded.session(seed, replace(loaded.config.generation, **changes))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context, recipe: Annotated[Path, typer.Argument(help="A YAML file, as in recipes/.")]
+) -> None:
+    """Trains one stage; resumes where it stopped.
+
+    Example: vocalnet train recipes/speak.yaml trainer.max_minutes=10
+    """
+    from vocalnet.training.engine import main as run
+
+    run([str(recipe), *context.args])
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def prepare(context: typer.Context) -> None:
+    """Prepares training data, step by step (only in a clone of the project, which holds data_prep).
+
+    Example: vocalnet prepare texts --data data --size tiny
+    """
+    from vocalnet.errors import ConfigError
+
+    try:
+        from data_prep.__main__ import main as run
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"data preparation needs {error.name}; run it in a clone, after `make setup`") from error
+    run(context.args)
+
+
+@app.command()
+def pack(
+    runs: Annotated[Path, typer.Argument(help="Folder with one exported part each: adapter, lora, …")],
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    settings: Annotated[Path, typer.Option(help="YAML with the model's top-level configuration.")],
+    card: Annotated[Path | None, typer.Option(help="JSON with data, recipes and scores.")] = None,
+) -> None:
+    """Gathers trained parts into a model folder.
+
+    Example: vocalnet pack runs/parts --out vocalnet/weights/mini --settings recipes/mini.yaml
+    """
+    import torch
+
+    from vocalnet.config import from_dict, load_yaml
+    from vocalnet.model import VocalNetConfig
+    from vocalnet.model import pack as run
+    from vocalnet.parts import read_json
+
+    config = from_dict(VocalNetConfig, load_yaml(settings), str(settings))
+    parts = {folder.name: folder for folder in sorted(runs.iterdir()) if folder.is_dir()}
+    run(out, config, parts, read_json(card) if card else {}, torch.float16)
+    print(f"packed {', '.join(parts)} into {out}")
+
+
+@app.command()
+def bench(
+    model: ModelOption = "mini",
+    questions: Annotated[list[Path] | None, typer.Option(help="Sound files to ask (default: the examples).")] = None,
+    repeats: Annotated[int, typer.Option(help="How often each question is asked.")] = 5,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measures latency and work per stage, real-time factor, memory, and the cost of late chunks.
+
+    Example: vocalnet bench --repeats 10
+    """
+    from vocalnet.bench import format_report, run_bench
+
+    report = run_bench(model, questions or [], repeats)
+    print(json.dumps(report) if json_lines else format_report(report))
+
+
+@app.command()
+def info(model: ModelOption = "mini") -> None:
+    """Shows what a model is made of, what it scored, and what this machine offers.
+
+    Example: vocalnet info
+    """
+    from vocalnet.info import describe
+
+    print(describe(model))
+
+
+def main() -> None:
+    """Entry point."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except VocalNetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # full disk, no permission
+        print(f"error: {error.strerror or error}: {error.filename or 'no file'}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""VocalNet: the parts of one model composed, loaded from a folder and packed into one.
+
+A model folder holds `config.json` and one sub-folder a part: adapter, lora (optional), speech_decoder, flow, vocoder,
+speech_tokenizer (optional: only training needs it). The LLM and the Whisper encoder are base models, shared between
+model folders and fetched once (`vocalnet.checkpoints`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from vocalnet.adapter import AdapterConfig, SpeechAdapter
+from vocalnet.backbone import Backbone
+from vocalnet.checkpoints import base_model
+from vocalnet.config import from_dict, to_dict
+from vocalnet.encoder import SpeechEncoder
+from vocalnet.errors import CheckpointError
+from vocalnet.layers import Precision
+from vocalnet.parts import CONFIG_FILE, load_part, read_json, save_part
+from vocalnet.prompt import ChatPrompt
+from vocalnet.sampling import SamplingConfig
+from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.vocoder.flow import Flow, FlowConfig
+from vocalnet.vocoder.hift import HiFT, HiFTConfig
+from vocalnet.vocoder.source_filter import SourceFilterConfig, SourceFilterVocoder
+
+if TYPE_CHECKING:
+    from vocalnet.session import Session
+
+MINI = Path(__file__).parent / "weights" / "mini"
+
+VOCODERS: dict[str, tuple[type[Any], type[Any]]] = {
+    "source_filter": (SourceFilterVocoder, SourceFilterConfig),
+    "hift": (HiFT, HiFTConfig),
+}
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How a model answers unless told otherwise; each model folder states its own.
+
+    Attributes:
+        text: sampling of text tokens.
+        speech: sampling of speech tokens.
+        mtp: how many MTP modules to use (0: one token a step).
+        decoding: see `vocalnet.decoding`.
+        max_text_tokens: an answer's limit.
+        max_speech_tokens_per_text_token: speech is cut where it runs on past this many tokens for each text token.
+        first_speech_tokens: speech tokens of the first chunk; later ones have the decoder's own chunk size.
+        history_tokens: positions of earlier turns that a conversation keeps; 0: every question stands alone.
+        precision: of the LLM's weights.
+        decoder_precision: of the speech decoder's weights.
+    """
+
+    text: SamplingConfig = field(default_factory=SamplingConfig)
+    speech: SamplingConfig = field(default_factory=SamplingConfig)
+    mtp: int = 0
+    decoding: Literal["accept-all", "verified"] = "accept-all"
+    max_text_tokens: int = 96
+    max_speech_tokens_per_text_token: int = 16
+    first_speech_tokens: int = 15
+    history_tokens: int = 512
+    precision: Precision = "int8"
+    decoder_precision: Precision = "fp32"
+
+
+@dataclass(frozen=True)
+class VocalNetConfig:
+    """Top level of a model folder's config.json."""
+
+    name: str
+    llm: str
+    encoder: str
+    vocoder: Literal["source_filter", "hift"] = "source_filter"
+    system: str = ""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+
+class VocalNet:
+    """A loaded model: encoder → adapter → backbone → speech decoder → flow → vocoder.
+
+    ```
+    model = VocalNet.load("mini")
+    session = model.session(seed=0)
+    session.push_audio(samples, 16_000)
+    for piece in session.respond(): ...
+    ```
+    Weights are shared by all sessions and never change; everything that a conversation changes is in its `Session`.
+    """
+
+    def __init__(
+        self,
+        config: VocalNetConfig,
+        encoder: SpeechEncoder,
+        adapter: SpeechAdapter,
+        backbone: Backbone,
+        prompt: ChatPrompt,
+        speech_decoder: SpeechDecoder,
+        flow: Flow,
+        vocoder: nn.Module,
+    ) -> None:
+        self.config = config
+        self.encoder = encoder
+        self.adapter = adapter
+        self.backbone = backbone
+        self.prompt = prompt
+        self.speech_decoder = speech_decoder
+        self.flow = flow
+        self.vocoder = vocoder
+
+    @classmethod
+    def load(cls, source: str | Path = "mini", precision: Precision | None = None) -> VocalNet:
+        """Loads `mini`, or a model folder.
+
+        Args:
+            source: "mini" or a folder.
+            precision: of the LLM; default: the folder's own choice.
+
+        Raises:
+            CheckpointError: no such model, missing or broken files, shapes that do not fit.
+            ConfigError: a configuration has unknown keys.
+            DownloadError: a base model is not here and cannot be fetched.
+        """
+        folder = model_folder(source)
+        config = from_dict(VocalNetConfig, read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+        generation = config.generation
+        llm = base_model(config.llm)
+        lora = folder / "lora"
+        backbone = Backbone(llm, precision or generation.precision, lora if lora.is_dir() else None)
+        adapter = load_part(SpeechAdapter, AdapterConfig, folder / "adapter")
+        adapter.attach(backbone.embedding_table)
+        decoder = load_part(SpeechDecoder, SpeechDecoderConfig, folder / "speech_decoder")
+        decoder.prepare_inference(generation.decoder_precision)
+        vocoder_class, vocoder_config = VOCODERS[config.vocoder]
+        return cls(
+            config=config,
+            encoder=SpeechEncoder.from_whisper(base_model(config.encoder)),
+            adapter=adapter,
+            backbone=backbone,
+            prompt=ChatPrompt.from_pretrained(llm, config.system),
+            speech_decoder=decoder,
+            flow=load_part(Flow, FlowConfig, folder / "flow"),
+            vocoder=load_part(vocoder_class, vocoder_config, folder / "vocoder"),
+        )
+
+    def session(self, seed: int = 0, generation: GenerationConfig | None = None) -> Session:
+        """A new conversation; `seed` fixes text, tokens and waveform on one machine."""
+        from vocalnet.session import Session  # session builds on model; only this convenience looks back
+
+        return Session(self, seed, generation)
+
+
+def model_folder(source: str | Path) -> Path:
+    """The folder of a model's name or path.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if str(source) == "mini":
+        if not (MINI / CONFIG_FILE).is_file():
+            raise CheckpointError("this installation has no mini weights; train them with recipes/reproduce.sh")
+        return MINI
+    folder = Path(source)
+    if not folder.is_dir():
+        raise CheckpointError(f"no model '{source}'; give 'mini' or a model folder")
+    return folder
+
+
+def pack(
+    folder: Path, config: VocalNetConfig, parts: dict[str, Path], card: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Gathers trained parts into a model folder, weights as `dtype`.
+
+    Args:
+        folder: written anew; an earlier one is replaced only when the new one is complete.
+        config: the model's top-level configuration.
+        parts: part name → exported folder (adapter, lora, speech_decoder, flow, vocoder, speech_tokenizer).
+        card: data, recipe, commit, seed and scores of the model.
+
+    Raises:
+        CheckpointError: a part is missing or broken.
+    """
+    from safetensors.torch import load_file, save_file
+
+    for name in ("adapter", "speech_decoder", "flow", "vocoder"):
+        if name not in parts:
+            raise CheckpointError(f"no part '{name}' to pack; train it first (see recipes/reproduce.sh)")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name, source in parts.items():
+        target = temporary / name
+        target.mkdir(parents=True)
+        weights = sorted(source.glob("*.safetensors"))
+        if len(weights) != 1:
+            raise CheckpointError(f"{source} holds {len(weights)} safetensors files; expected one exported part")
+        state = {k: v.to(dtype) if v.dtype == torch.float32 else v for k, v in load_file(weights[0]).items()}
+        save_file(state, target / weights[0].name)
+        for settings in ("config.json", "adapter_config.json"):
+            if (source / settings).is_file():
+                shutil.copyfile(source / settings, target / settings)
+    (temporary / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    (temporary / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)

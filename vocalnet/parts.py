@@ -1,0 +1,82 @@
+"""One part of a model on disk: a folder with `config.json` (a dataclass) and `model.safetensors` (a state dict)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vocalnet.config import from_dict, to_dict
+from vocalnet.errors import CheckpointError
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a model folder.
+
+    Raises:
+        CheckpointError: the file is missing or is not a JSON object.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"no {file.name} in {file.parent}; give a model folder, or make one with `vocalnet pack`")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}); restore the file") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def save_part(module: nn.Module, config: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes config and weights, each atomically; floating weights as `dtype` where one is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: (value.to(dtype) if dtype is not None and value.is_floating_point() else value).contiguous().cpu()
+        for name, value in module.state_dict().items()
+    }
+    temporary = folder / f".{WEIGHTS_FILE}.tmp"
+    save_file(state, temporary)
+    temporary.rename(folder / WEIGHTS_FILE)
+    temporary = folder / f".{CONFIG_FILE}.tmp"
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    temporary.rename(folder / CONFIG_FILE)
+
+
+def load_part(module_class: type[M], config_class: type[Any], folder: Path) -> M:
+    """The module of a part folder, float32, in evaluation mode, frozen.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or the weights do not fit the configuration (all names are told).
+        ConfigError: the configuration has an unknown or missing key.
+    """
+    config = from_dict(config_class, read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    module = module_class(config)
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        raise CheckpointError(f"no {WEIGHTS_FILE} in {folder}; the model folder is incomplete")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); copy or download it again") from error
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in own]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{file} does not fit its {CONFIG_FILE}: {'; '.join(problems)}")
+    module.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()})
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,356 @@
+"""Session: one spoken conversation.
+
+    push_audio … push_audio → respond: text and waveform chunks → push_audio …          interrupt at any time
+
+The LLM's cache holds the conversation: prompt, each question's rows, each answer's tokens. A question is encoded and
+prefilled at the speaker's first pause, before anybody knows whether the turn is over; if the speaker goes on, the
+cache is rewound by setting its length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vocalnet.audio import ANSWER_RATE_HZ
+from vocalnet.errors import AudioError, VocalNetError
+from vocalnet.listener import Listener
+from vocalnet.sampling import sample
+from vocalnet.speaker import Speaker, Timings
+
+if TYPE_CHECKING:
+    from vocalnet.model import GenerationConfig, VocalNet
+
+QUESTION_ROWS = 320  # the most that 30 s can become
+UNFINISHED = "\ufffd"  # what a tokenizer shows for part of a character
+
+
+@dataclass(frozen=True)
+class TextChunk:
+    """New text of the answer; the chunks joined are the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class AudioChunk:
+    """New sound of the answer, (N,) float32 at `rate_hz`; the chunks joined are the waveform."""
+
+    samples: np.ndarray
+    rate_hz: int = ANSWER_RATE_HZ
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Comes last.
+
+    Attributes:
+        text: the whole answer.
+        first_audio_ms: from the call of `respond` to the first waveform chunk.
+        total_ms: from the call of `respond` to the end.
+        audio_s: duration of the answer.
+        rtf: seconds of work per second of audio.
+        speech_tokens: 25 per second.
+        tokens_per_step: speech tokens per step of the speech decoder.
+        stages_ms: work per stage, that done before the turn ended included.
+    """
+
+    text: str
+    first_audio_ms: float
+    total_ms: float
+    audio_s: float
+    rtf: float
+    speech_tokens: int
+    tokens_per_step: float
+    stages_ms: dict[str, float]
+
+
+@dataclass
+class Turn:
+    """One exchange as the history keeps it: what was asked and what was heard of the answer."""
+
+    question: Tensor  # (1, n, D) rows at the prompt's <speech>
+    answer_ids: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Prepared:
+    """A question that the LLM has read."""
+
+    end: int  # Listener.end of the audio it stands for
+    start: int  # length of the conversation before it
+    hidden: Tensor  # (1, D) after the prompt's last token
+    speaker: Speaker
+    timings: Timings
+    turn: Turn
+
+
+class Session:
+    """A conversation with one speaker; not safe to use from several threads at once.
+
+    Attributes:
+        turns: the history, oldest first.
+    """
+
+    def __init__(self, model: VocalNet, seed: int = 0, generation: GenerationConfig | None = None) -> None:
+        self.model = model
+        self.generation = generation or model.config.generation
+        self.turns: list[Turn] = []
+        self._generator = torch.Generator().manual_seed(seed)
+        self._prefix = model.prompt.prefix_ids()
+        self._suffix = model.prompt.suffix_ids()
+        self._between = model.prompt.next_turn_ids()
+        capacity = len(self._prefix) + self.generation.history_tokens + QUESTION_ROWS + len(self._suffix)
+        self._state = model.backbone.init_state(capacity + len(self._between) + self.generation.max_text_tokens + 1)
+        model.backbone.prefill(model.backbone.embed(self._prefix), self._state)
+        self._listener = Listener(model.encoder.config.mel_bins)
+        self._prepared: _Prepared | None = None
+        self._answering: _Answer | None = None
+
+    # ---- listening ----
+
+    def push_audio(self, samples: np.ndarray, rate_hz: int) -> None:
+        """Adds (n,) samples of the speaker's voice, any n; works ahead when the speaker pauses.
+
+        Raises:
+            AudioError: bad samples, a rate that changes within the turn, or a question over 30 s (the turn is dropped).
+        """
+        self._stop_answer()
+        try:
+            self._listener.push(samples, rate_hz)
+        except AudioError:
+            self.clear_audio()
+            raise
+        if self._prepared and self._prepared.end != self._listener.end:
+            self._drop_prepared()
+        if self._listener.paused and self._prepared is None:
+            self._prepare()
+
+    @property
+    def paused(self) -> bool:
+        """The speaker has said something and is quiet now: a moment to respond."""
+        return self._listener.paused
+
+    def clear_audio(self) -> None:
+        """Forgets what was pushed since the last answer."""
+        self._drop_prepared()
+        self._listener = Listener(self.model.encoder.config.mel_bins)
+
+    def respond(self) -> Iterator[TextChunk | AudioChunk | Summary]:
+        """Ends the speaker's turn and answers: text and audio chunks as they are made, then a summary.
+
+        Raises:
+            AudioError: there is no question, or it is too short, too long, silent, or has no recognisable word. The
+                history stays as it was.
+        """
+        start = time.perf_counter()
+        self._stop_answer()
+        try:
+            self._listener.finish()
+            if self._prepared and self._prepared.end != self._listener.end:
+                self._drop_prepared()
+            prepared = self._prepared or self._prepare()
+        except VocalNetError:
+            self.clear_audio()
+            raise
+        if prepared is None:
+            self.clear_audio()
+            raise AudioError("no word was recognised in the question; speak closer to the microphone")
+        self._prepared = None
+        self._listener = Listener(self.model.encoder.config.mel_bins)
+        self.turns.append(prepared.turn)
+        self._answering = _Answer(self, prepared, start)
+        return self._answering.run()
+
+    def interrupt(self, played_ms: float) -> str:
+        """Stops the answer and cuts it, in history too, to what was heard.
+
+        Args:
+            played_ms: how much of the answer's audio the listener has heard.
+
+        Returns:
+            The text that stays in the history.
+
+        Raises:
+            VocalNetError: there is no answer to interrupt.
+        """
+        if self._answering is None:
+            raise VocalNetError("there is no answer to interrupt; call respond first")
+        text = self._answering.cut(played_ms)
+        self._answering = None
+        return text
+
+    # ---- reading a question ----
+
+    def _prepare(self) -> _Prepared | None:
+        """Encodes and prefills the question so far; None where no word is recognised."""
+        model, timings, since = self.model, Timings(), time.perf_counter()
+        with torch.inference_mode():
+            features = self._listener.features()
+            frames = model.encoder(features[None])
+            since = timings.add("encoder", since)
+            rows = model.adapter.embeddings(frames)[0][None]  # (1, n, D)
+            since = timings.add("adapter", since)
+            if rows.shape[1] == 0:
+                return None
+            turn = Turn(rows.to(model.backbone.dtype))
+            start = self._make_room(turn)
+            hidden = model.backbone.prefill(self._opening(turn, first=start == len(self._prefix)), self._state)[:, -1]
+            timings.add("prefill", since)
+        speaker = Speaker(model, self.generation, self._generator, timings)
+        self._prepared = _Prepared(self._listener.end, start, hidden, speaker, timings, turn)
+        return self._prepared
+
+    def _opening(self, turn: Turn, first: bool) -> Tensor:
+        """Embeddings from the end of the previous turn to where the answer begins, (1, T, D)."""
+        embed = self.model.backbone.embed
+        parts = [turn.question, embed(self._suffix)]
+        return torch.cat(parts if first else [embed(self._between), *parts], dim=1)
+
+    def _make_room(self, turn: Turn) -> int:
+        """Drops the oldest turns until the history fits its budget; returns the conversation's length."""
+        budget = len(self._prefix) + self.generation.history_tokens
+        if self._state.length <= budget:
+            return self._state.length
+        self.model.backbone.truncate(self._state, len(self._prefix))
+        keep: list[Turn] = []
+        size = 0
+        for old in reversed(self.turns):
+            size += self._opening(old, first=False).shape[1] + len(old.answer_ids)
+            if size > self.generation.history_tokens:
+                break
+            keep.insert(0, old)
+        self.turns = keep
+        for index, old in enumerate(keep):
+            answer = self.model.backbone.embed(old.answer_ids) if old.answer_ids else old.question[:, :0]
+            self.model.backbone.prefill(torch.cat([self._opening(old, index == 0), answer], dim=1), self._state)
+        return self._state.length
+
+    def _drop_prepared(self) -> None:
+        if self._prepared:
+            self.model.backbone.truncate(self._state, self._prepared.start)
+            self._prepared = None
+
+    def _stop_answer(self) -> None:
+        """An answer that nobody goes on reading stays in the history as far as its text was made."""
+        if self._answering:
+            self._answering.stopped = True
+            self._answering = None
+
+
+class _Answer:
+    """One answer being made."""
+
+    def __init__(self, session: Session, prepared: _Prepared, start: float) -> None:
+        self.session = session
+        self.prepared = prepared
+        self.start = start
+        self.stopped = False
+        self.complete = False  # the text has ended by itself
+        self.first_token_at = session._state.length
+        self.shown = ""
+        self.first_audio_ms = 0.0
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prepared.turn.answer_ids
+
+    def run(self) -> Iterator[TextChunk | AudioChunk | Summary]:
+        """The answer's chunks, until its end or `stopped`."""
+        speaker = self.prepared.speaker
+        hidden = self.prepared.hidden
+        logits = self.session.model.backbone.logits(hidden)
+        wanted = self.session.model.speech_decoder.config.text_chunk - 1  # BOS is the first chunk's fifth row
+        while not self.complete and not self.stopped:
+            logits, rows = self._extend_text(logits, wanted)
+            wanted = self.session.model.speech_decoder.config.text_chunk
+            new = self._new_text()
+            if new:
+                yield TextChunk(new)
+            if self.stopped:
+                return
+            speaker.add_text(rows, last=self.complete)
+            for samples in speaker.speak():
+                if not self.first_audio_ms:
+                    self.first_audio_ms = 1000 * (time.perf_counter() - self.start)
+                yield AudioChunk(samples)
+                if self.stopped:
+                    return
+        if not self.stopped:
+            yield self._summary()
+
+    @torch.inference_mode()
+    def _extend_text(self, logits: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """Up to `wanted` tokens: the next logits and the speech decoder's rows (T, input_size) for the new text."""
+        model, session, since = self.session.model, self.session, time.perf_counter()
+        backbone, rows = model.backbone, []
+        for _ in range(wanted):
+            token = int(sample(logits, session.generation.text, session._generator, torch.tensor([self.ids], dtype=torch.long)))
+            if token in model.prompt.stop_ids:
+                self.complete = True
+                break
+            hidden, logits = backbone.step(token, session._state)
+            self.ids.append(token)
+            rows.append(model.speech_decoder.text_rows(hidden, backbone.embed([token])[0]))
+            if len(self.ids) >= session.generation.max_text_tokens:
+                self.complete = True
+                break
+        if self.complete:
+            end = backbone.embed([model.prompt.end_id])[0]
+            rows.append(model.speech_decoder.text_rows(end, end))
+        self.prepared.timings.add("text", since)
+        width = model.speech_decoder.config.input_size
+        return logits, torch.cat(rows).float() if rows else torch.zeros(0, width)
+
+    def _new_text(self) -> str:
+        """What has become readable; a character whose tokens are incomplete waits."""
+        text = self.session.model.prompt.decode(self.ids)
+        if text.endswith(UNFINISHED) and not self.complete:
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        return new
+
+    def _summary(self) -> Summary:
+        speaker, total_s = self.prepared.speaker, time.perf_counter() - self.start
+        audio_s = speaker.samples / ANSWER_RATE_HZ
+        return Summary(
+            text=self.shown,
+            first_audio_ms=round(self.first_audio_ms, 1),
+            total_ms=round(1000 * total_s, 1),
+            audio_s=round(audio_s, 3),
+            rtf=round(total_s / audio_s, 3) if audio_s else 0.0,
+            speech_tokens=len(speaker.tokens),
+            tokens_per_step=round(len(speaker.tokens) / max(1, speaker.steps), 2),
+            stages_ms=self.prepared.timings.milliseconds(),
+        )
+
+    def cut(self, played_ms: float) -> str:
+        """Ends the answer after what `played_ms` of its audio can have said."""
+        self.stopped = True
+        session, spoken_ms = self.session, 1000 * self.prepared.speaker.samples / ANSWER_RATE_HZ
+        heard = heard_tokens(len(self.ids), spoken_ms, played_ms, self.complete and self.prepared.speaker.finished)
+        decode = session.model.prompt.decode
+        whole = decode(self.ids)
+        while 0 < heard < len(self.ids) and whole[len(decode(self.ids[:heard])) :][:1].isalnum():
+            heard -= 1  # the next token would continue a word that was not heard whole
+        session.model.backbone.truncate(session._state, self.first_token_at + heard)
+        del self.ids[heard:]
+        self.shown = decode(self.ids)
+        return self.shown
+
+
+MS_PER_TEXT_TOKEN = 260.0
+"""Speaking pace, for answers interrupted before their length is known: mini's answers, mean over the training set."""
+
+
+def heard_tokens(text_tokens: int, spoken_ms: float, played_ms: float, finished: bool) -> int:
+    """How many text tokens `played_ms` of audio have said: in proportion if the audio is complete, else by pace."""
+    played_ms = min(max(0.0, played_ms), spoken_ms)
+    pace = spoken_ms / max(1, text_tokens) if finished else MS_PER_TEXT_TOKEN
+    return min(text_tokens, int(played_ms / pace)) if pace else 0
