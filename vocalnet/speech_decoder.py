@@ -231,7 +231,12 @@ class SpeechDecoder(nn.Module):
     # ---- training ----
 
     def training_pass(
-        self, text: Sequence[Tensor], tokens: Sequence[Tensor], streaming: Tensor, modules: int | None = None
+        self,
+        text: Sequence[Tensor],
+        tokens: Sequence[Tensor],
+        streaming: Tensor,
+        modules: int | None = None,
+        inputs: Sequence[Tensor] | None = None,
     ) -> TrainingPass:
         """Runs a batch offline, with teacher forcing.
 
@@ -240,6 +245,7 @@ class SpeechDecoder(nn.Module):
             tokens: per sample (S_i,) speech tokens, without EOS.
             streaming: (B,) bool, the mask of each sample.
             modules: how many of the MTP modules to run; default all.
+            inputs: per sample (S_i,) what is fed in place of `tokens`, which stay the targets.
         """
         config = self.config
         chunks = (config.text_chunk, config.speech_chunk)
@@ -247,7 +253,7 @@ class SpeechDecoder(nn.Module):
         device = self.embedding.weight.device
         text_lengths = torch.tensor([len(rows) + 1 for rows in text], device=device)
         speech_lengths = torch.tensor([len(row) + 1 for row in tokens], device=device)
-        speech_in = pad_sequence([F.pad(row, (1, 0), value=config.sos) for row in tokens], True, config.units + 3)
+        speech_in = pad_sequence([F.pad(row, (1, 0), value=config.sos) for row in inputs or tokens], True, config.units + 3)
         text_in = self._project_batch(pad_sequence(list(text), True), text_lengths)
         text_size, speech_size = text_in.shape[1], speech_in.shape[1]
         x = torch.cat((text_in, self.embedding(speech_in)), 1)  # (B, L, width)

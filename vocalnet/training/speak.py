@@ -1,0 +1,431 @@
+"""Stage 2: the speech decoder learns to say the LLM's answers.
+
+The LLM does not train here, so its hidden states are computed once and kept on disk; after that only the decoder runs.
+Each distinct spoken sentence has one sequence of speech tokens and up to a few questions that lead to it, so the
+decoder meets the same words in several contexts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from vocalnet.config import to_dict
+from vocalnet.decoding import generate_chunk
+from vocalnet.errors import ConfigError, DataError
+from vocalnet.parts import load_part, save_part
+from vocalnet.prompt import ChatPrompt
+from vocalnet.sampling import SamplingConfig
+from vocalnet.speech_decoder import IGNORE, SpeechDecoder, SpeechDecoderConfig, token_losses
+
+POOL_BATCHES = 16  # batches are cut from length-sorted pools of this many, then shuffled
+STATES_PER_FILE = 512  # answers in one file of precomputed states
+STATES_BATCH = 16
+
+
+@dataclass(frozen=True)
+class SpeakTaskConfig:
+    """Options of stage 2."""
+
+    decoder: SpeechDecoderConfig  # units must match the speech tokenizer
+    llm: str = "smollm2-135m-instruct"  # a base model's name, or a Hugging Face folder
+    lora: Path | None = None  # folder of stage 1's LoRA
+    system: str = ""  # system prompt; the session must use the same
+    init_decoder: Path | None = None  # folder of an exported decoder, to train on
+    sentence_prompts: tuple[str, ...] = ("Tell me something.", "What else can you say?", "Please go on.")
+    questions_per_answer: int = 3
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    batch_positions: int = 4096  # rows of a batch, padding included
+    streaming_probability: float = 0.75  # of the streaming mask, by sample
+    decay: float = 0.8  # loss of module k weighs decay^k
+    module_steps: int = 0  # forward curriculum: one more module every so many steps; 0 trains all from the start
+    token_noise: float = 0.1  # share of input speech tokens replaced by random ones: errors then stay small
+    phoneme_weight: float = 0.3  # of the auxiliary phoneme classification
+    validation_sentences: int = 200  # for cross entropy and accuracy
+    free_running: int = 24  # of these, how many are also generated
+
+    def __post_init__(self) -> None:
+        for name in ("streaming_probability", "token_noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A sentence with its speech tokens, and the questions that it answers."""
+
+    name: str
+    text: str
+    tokens: Tensor  # (S,) int64
+    phonemes: Tensor  # (S,) int64, IGNORE where unknown
+    questions: tuple[str, ...]
+
+
+class SpeakModel(nn.Module):
+    """The decoder, and a linear layer for the auxiliary task that is thrown away after training."""
+
+    def __init__(self, decoder: SpeechDecoder, phonemes: int) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.phoneme_head = nn.Linear(decoder.config.width, phonemes) if phonemes else None
+
+
+def sentence_id(text: str) -> str:
+    """Name of a spoken sentence in the data: the first 16 hexadecimal digits of its SHA-1."""
+    return hashlib.sha1(text.encode()).hexdigest()[:16]
+
+
+def read_arrays(folder: Path, split: str, suffix: str, key: str | None = None) -> dict[str, np.ndarray]:
+    """Sample name → array from the archives `{split}-*.tar`: an `.npy`, or entry `key` of an `.npz`.
+
+    Raises:
+        DataError: there is no archive.
+    """
+    archives = sorted(folder.glob(f"{split}-*.tar"))
+    if not archives:
+        raise DataError(f"no {split}-*.tar in {folder}; run the steps of data preparation up to {folder.name} first")
+    arrays = {}
+    for archive in archives:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                name, _, ending = member.name.rpartition(".")
+                content = tar.extractfile(member) if ending == suffix else None
+                if content is not None:
+                    loaded = np.load(io.BytesIO(content.read()))
+                    arrays[name] = loaded if key is None else loaded[key]
+    return arrays
+
+
+def load_spoken(data_dir: Path, split: str, config: SpeakTaskConfig) -> list[Spoken]:
+    """All spoken sentences of a split that have speech tokens, in the order of their names.
+
+    Raises:
+        DataError: a folder is missing, no sentence has tokens, or tokens lie outside the decoder's units.
+    """
+    tokens = read_arrays(data_dir / "answer_tokens", split, "npy")
+    phonemes = {}
+    if config.phoneme_weight:
+        phonemes = read_arrays(data_dir / "answer_features", split, "npz", "phoneme")
+    said: dict[str, tuple[str, list[str]]] = {}
+    for line in (data_dir / "texts" / f"{split}.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        said.setdefault(sentence_id(row["spoken"]), (row["answer"], []))[1].append(row["question"])
+    sentences = data_dir / "texts" / "sentences.jsonl"
+    if split == "train" and sentences.is_file():
+        for line in sentences.read_text().splitlines():
+            text = json.loads(line)["text"]
+            said.setdefault(sentence_id(text), (text, list(config.sentence_prompts)))
+    result = []
+    for name in sorted(said.keys() & tokens.keys()):
+        text, questions = said[name]
+        ids = torch.from_numpy(tokens[name].astype(np.int64))
+        if len(ids) and int(ids.max()) >= config.decoder.units:
+            raise DataError(f"{name} has token {int(ids.max())}; the decoder's units are {config.decoder.units}")
+        chosen = random.Random(name).sample(questions, min(len(questions), config.questions_per_answer))
+        result.append(Spoken(name, text, ids, _at_token_rate(phonemes.get(name), len(ids)), tuple(chosen)))
+    if not result:
+        raise DataError(f"no sentence of the {split} texts has tokens in {data_dir / 'answer_tokens'}")
+    return result
+
+
+def _at_token_rate(phonemes: np.ndarray | None, size: int) -> Tensor:
+    """(T,) phonemes at 50 Hz → (size,) at 25 Hz, IGNORE where there is none."""
+    row = torch.full((size,), IGNORE, dtype=torch.long)
+    if phonemes is not None:
+        known = torch.from_numpy(phonemes.astype(np.int64))[::2][:size]
+        row[: len(known)] = known
+    return row
+
+
+class AnswerStates:
+    """Hidden states of answers under their questions' prompts: computed once, then read from disk.
+
+    A folder per combination of LLM, LoRA, prompt and pairs; files of `STATES_PER_FILE` pairs, written atomically, so
+    that an interrupted run goes on where it stopped.
+    """
+
+    def __init__(self, folder: Path, config: SpeakTaskConfig, pairs: Sequence[tuple[str, str]]) -> None:
+        """`pairs` are (question, answer); see `rows`."""
+        self.config = config
+        self.llm_folder = _llm_folder(config.llm)
+        self.prompt = ChatPrompt.from_pretrained(self.llm_folder, config.system)
+        content = hashlib.sha256(json.dumps([self.llm_folder.name, config.system, pairs]).encode())
+        if config.lora is not None:
+            content.update((config.lora / "adapter_model.safetensors").read_bytes())
+        self.folder = folder / content.hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._fill(pairs)
+        self.hidden, self.ids = self._load(len(pairs))
+        self.table = self._embedding_table()
+
+    def rows(self, index: int, decoder: SpeechDecoder) -> Tensor:
+        """(T + 1, input_size): the text rows of pair `index`, the end token's last."""
+        end = self.table[self.prompt.end_id][None]
+        hidden = torch.cat((self.hidden[index].float(), end.float()))
+        embedding = torch.cat((self.table[self.ids[index]], end)).float()
+        return decoder.text_rows(hidden, embedding)
+
+    def _fill(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Computes the files that are missing."""
+        count = -(-len(pairs) // STATES_PER_FILE)
+        missing = [i for i in range(count) if not self._file(i).is_file()]
+        if not missing:
+            return
+        from vocalnet.backbone import Backbone
+
+        backbone = Backbone(self.llm_folder, "bf16", self.config.lora)
+        for index in tqdm(missing, desc="hidden states of the answers", unit="file"):
+            part = pairs[index * STATES_PER_FILE : (index + 1) * STATES_PER_FILE]
+            hidden, ids = self._compute(backbone, part)
+            tensors = {
+                "hidden": torch.cat(hidden).to(torch.float16),
+                "ids": torch.tensor([token for row in ids for token in row], dtype=torch.int32),
+                "lengths": torch.tensor([len(row) for row in ids], dtype=torch.int32),
+            }
+            temporary = self._file(index).with_suffix(".tmp")
+            save_file(tensors, temporary)
+            os.replace(temporary, self._file(index))
+
+    def _compute(self, backbone: Any, pairs: Sequence[tuple[str, str]]) -> tuple[list[Tensor], list[list[int]]]:
+        """Per pair (T, D) states after each answer token, and the tokens, without the closing one."""
+        prompts = [self.prompt.text_ids(question) for question, _ in pairs]
+        answers = [self.prompt.answer_ids(answer)[:-1] for _, answer in pairs]
+        order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]) + len(answers[i]))
+        hidden: list[Tensor] = [torch.empty(0)] * len(pairs)
+        for start in range(0, len(order), STATES_BATCH):
+            group = order[start : start + STATES_BATCH]
+            # Padded on the right under a causal mask: what is read never sees padding.
+            batch = pad_sequence([torch.tensor(prompts[i] + answers[i]) for i in group], batch_first=True)
+            state = backbone.init_state(batch.shape[1], len(group))
+            states = backbone.prefill(backbone.embed(batch), state)  # (B, T, D)
+            for row, i in zip(states, group, strict=True):
+                hidden[i] = row[len(prompts[i]) : len(prompts[i]) + len(answers[i])].clone()
+        return hidden, answers
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index:05d}.safetensors"
+
+    def _load(self, count: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Hidden states and ids of all pairs."""
+        hidden: list[Tensor] = []
+        ids: list[Tensor] = []
+        for index in range(-(-count // STATES_PER_FILE)):
+            part = load_file(self._file(index))
+            lengths = part["lengths"].tolist()
+            hidden += part["hidden"].split(lengths)
+            ids += part["ids"].long().split(lengths)
+        return hidden, ids
+
+    def _embedding_table(self) -> Tensor:
+        """(V, D) input embeddings of the LLM, in its file's dtype."""
+        from vocalnet.backbone import FolderWeights
+
+        return FolderWeights(self.llm_folder).get("model.embed_tokens.weight")
+
+
+class SpeakTask:
+    """Stage 2 for the engine (see `vocalnet.training.task.Task`)."""
+
+    def __init__(self, config: SpeakTaskConfig, data_dir: Path, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self.train = load_spoken(data_dir, "train", config)
+        self.valid = load_spoken(data_dir, "valid", config)
+        self.states = {
+            "train": AnswerStates(data_dir / "answer_states", config, _pairs(self.train)),
+            "valid": AnswerStates(data_dir / "answer_states", config, _pairs(self.valid)),
+        }
+        torch.manual_seed(seed)
+        if config.init_decoder is not None:
+            decoder = load_part(SpeechDecoder, SpeechDecoderConfig, config.init_decoder)
+            decoder.requires_grad_(True)
+        else:
+            decoder = SpeechDecoder(config.decoder)
+            initialise(decoder)
+        phonemes = 1 + max(int(item.phonemes.max()) for item in self.train if len(item.phonemes))
+        self.model = SpeakModel(decoder, max(phonemes, 0) if config.phoneme_weight else 0)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Weight decay on matrices alone."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        common = {"lr": self.config.lr, "betas": (0.9, 0.98)}
+        return [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.config.weight_decay, **common},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, **common},
+        ]
+
+    def batches(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """Every sentence once, under one of its questions; batches of about equal length, shuffled by (seed, epoch)."""
+        generator = random.Random(f"{self.seed}/{epoch}")
+        first = _first_pairs(self.train)
+        order = list(range(len(self.train)))
+        generator.shuffle(order)
+        for group in _bucketed(order, self._rows, self.config.batch_positions, generator):
+            pairs = [first[i] + generator.randrange(len(self.train[i].questions)) for i in group]
+            coins = [generator.random() < self.config.streaming_probability for _ in group]
+            yield self._collate([self.train[i] for i in group], pairs, coins, self.states["train"])
+
+    def loss(self, batch: dict[str, Any], step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """Cross entropies of decoder and modules, and the auxiliary phoneme classification."""
+        decoder, config = self.model.decoder, self.config
+        modules = decoder.config.mtp_modules
+        if config.module_steps:
+            modules = min(modules, step // config.module_steps + 1)
+        noisy = [self._noisy(row) for row in batch["tokens"]]
+        result = decoder.training_pass(batch["text"], batch["tokens"], batch["streaming"], modules, noisy)
+        loss, losses = token_losses(result, config.decay)
+        metrics: dict[str, float | Tensor] = {**losses, "positions": float(len(result.targets[0]))}
+        if self.model.phoneme_head is not None:
+            targets = torch.cat([F.pad(row, (0, 1), value=IGNORE) for row in batch["phonemes"]])
+            phoneme = F.cross_entropy(self.model.phoneme_head(result.hidden).float(), targets, ignore_index=IGNORE)
+            loss = loss + config.phoneme_weight * phoneme
+            metrics["phoneme"] = phoneme.detach()
+        return loss, metrics
+
+    def validate(self) -> dict[str, float]:
+        """Under the streaming mask: CE and accuracy per head, then token error of free generation with K = 0 and all."""
+        metrics = self._teacher_forced()
+        for modules in sorted({0, self.model.decoder.config.mtp_modules}):
+            metrics[f"token_error_k{modules}"] = self._free_running(modules)
+        return metrics
+
+    def export(self, folder: Path) -> None:
+        """Writes the decoder's weights and config."""
+        save_part(self.model.decoder, self.model.decoder.config, folder)
+        options = to_dict(self.config) | {"llm": Path(self.config.llm).name, "lora": None, "init_decoder": None}
+        (folder / "task.json").write_text(json.dumps(options, indent=2) + "\n")
+
+    # Parts
+
+    def _noisy(self, tokens: Tensor) -> Tensor:
+        """Input tokens, some of them replaced by random units."""
+        if not self.config.token_noise:
+            return tokens
+        other = torch.randint_like(tokens, self.model.decoder.config.units)
+        return torch.where(torch.rand(tokens.shape, device=tokens.device) < self.config.token_noise, other, tokens)
+
+    def _rows(self, index: int) -> int:
+        """Rows of a sentence, about: text tokens are some 4 characters long."""
+        return len(self.train[index].tokens) + len(self.train[index].text) // 4 + 3
+
+    def _collate(
+        self, items: Sequence[Spoken], pairs: Sequence[int], coins: Sequence[bool], states: AnswerStates
+    ) -> dict[str, Any]:
+        """`text`, `tokens`, `phonemes`: a tensor per sample; `streaming` (B,) bool."""
+        return {
+            "text": [states.rows(pair, self.model.decoder) for pair in pairs],
+            "tokens": [item.tokens for item in items],
+            "phonemes": [item.phonemes for item in items],
+            "streaming": torch.tensor(coins),
+        }
+
+    def _teacher_forced(self) -> dict[str, float]:
+        """CE and top-1 accuracy of every head over the validation sentences, weighted by targets."""
+        decoder, device = self.model.decoder, self.model.decoder.embedding.weight.device
+        first, totals, count = _first_pairs(self.valid), dict[str, float](), 0
+        chosen = range(min(self.config.validation_sentences, len(self.valid)))
+        for start in range(0, len(chosen), 16):
+            group = chosen[start : start + 16]
+            items = [self.valid[i] for i in group]
+            batch = self._collate(items, [first[i] for i in group], [True] * len(group), self.states["valid"])
+            result = decoder.training_pass(
+                [row.to(device) for row in batch["text"]],
+                [row.to(device) for row in batch["tokens"]],
+                batch["streaming"].to(device),
+            )
+            size = len(result.targets[0])
+            for name, value in token_losses(result, self.config.decay, accuracy=True)[1].items():
+                totals[name] = totals.get(name, 0.0) + float(value) * size
+            count += size
+        return {name: value / count for name, value in sorted(totals.items())}
+
+    def _free_running(self, modules: int) -> float:
+        """Edits per token between greedy streaming generation and the recorded tokens."""
+        decoder, first = self.model.decoder, _first_pairs(self.valid)
+        chosen = range(min(self.config.free_running, len(self.valid)))
+        edits = total = 0
+        for i in chosen:
+            tokens = self.valid[i].tokens.tolist()
+            text = self.states["valid"].rows(first[i], decoder).to(decoder.embedding.weight.device)
+            state = decoder.init_state(len(text) + 1, 2 * len(tokens) + 32, modules)
+            decoder.add_text(text, state, last=True)
+            edits += edit_distance(generate_chunk(decoder, state, SamplingConfig(), 2 * len(tokens) + 16), tokens)
+            total += len(tokens)
+        return edits / max(1, total)
+
+
+def initialise(decoder: SpeechDecoder) -> None:
+    """Normal weights of 0.02; the two matrices that write to the residual stream smaller the deeper the stack."""
+    depth = decoder.config.layers + decoder.config.projector_layers + decoder.config.mtp_modules
+    for name, parameter in decoder.named_parameters():
+        if parameter.ndim > 1:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            nn.init.normal_(parameter, std=0.02 / (2 * depth) ** 0.5 if writes else 0.02)
+
+
+def edit_distance(first: Sequence[int], second: Sequence[int]) -> int:
+    """Least number of insertions, deletions and substitutions that turn one sequence into the other."""
+    row = np.arange(len(second) + 1)
+    target = np.asarray(second)
+    for i, token in enumerate(first, start=1):
+        diagonal = row[:-1] + (target != token)
+        best = np.minimum(diagonal, row[1:] + 1)
+        # Insertions run along the row: a running minimum of cost minus position.
+        steps = np.arange(1, len(second) + 1)
+        best = np.minimum.accumulate(np.concatenate(([i], best - steps)))[1:] + steps
+        row = np.concatenate(([i], best))
+    return int(row[-1])
+
+
+def _pairs(items: Sequence[Spoken]) -> list[tuple[str, str]]:
+    """(question, answer) of all sentences, one after the other."""
+    return [(question, item.text) for item in items for question in item.questions]
+
+
+def _first_pairs(items: Sequence[Spoken]) -> list[int]:
+    """Index of each sentence's first pair in `_pairs`."""
+    counts = [len(item.questions) for item in items]
+    return [sum(counts[:i]) for i in range(len(counts))] if len(counts) < 2 else [0, *np.cumsum(counts)[:-1].tolist()]
+
+
+def _bucketed(order: Sequence[int], rows: Any, budget: int, generator: random.Random) -> list[list[int]]:
+    """Shuffled batches of items of about equal length whose rows, padded, stay within `budget`."""
+    mean = max(1, sum(map(rows, order)) // max(1, len(order)))
+    pool = max(1, POOL_BATCHES * budget // mean)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), pool):
+        group: list[int] = []
+        for item in sorted(order[start : start + pool], key=rows):
+            if group and rows(item) * (len(group) + 1) > budget:
+                batches.append(group)
+                group = []
+            group.append(item)
+        batches.append(group)
+    generator.shuffle(batches)
+    return batches
+
+
+def _llm_folder(name: str) -> Path:
+    """A folder as given, or a base model by name."""
+    if Path(name).is_dir():
+        return Path(name)
+    from vocalnet.checkpoints import base_model
+
+    return base_model(name)
