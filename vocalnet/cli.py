@@ -66,16 +66,14 @@ def load_session(model: str, mtp: int | None, decoding: str | None, seed: int): 
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def train(
-    context: typer.Context, recipe: Annotated[Path, typer.Argument(help="A YAML file, as in recipes/.")]
-) -> None:
+def train(context: typer.Context, recipe: Annotated[Path, typer.Argument(help="A YAML file, as in recipes/.")]) -> None:
     """Trains one stage; resumes where it stopped.
 
     Example: vocalnet train recipes/speak.yaml trainer.max_minutes=10
     """
     from vocalnet.training.engine import main as run
 
-    run([str(recipe), *context.args])
+    raise typer.Exit(run([str(recipe), *context.args]))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
