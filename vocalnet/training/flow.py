@@ -116,9 +116,7 @@ class FlowTask:
         torch.manual_seed(seed)
         self.model = Flow(config.flow) if config.initial is None else Flow.from_folder(config.initial)
         if self.model.config != config.flow:
-            raise ConfigError(
-                f"the flow in {config.initial} has another configuration than options.flow; make them equal"
-            )
+            raise ConfigError(f"the flow in {config.initial} and options.flow differ in configuration; make them equal")
         if config.flow.normalise_mel and config.initial is None:
             frames = torch.cat([utterance.mel for utterance in self.train[:2000]]).float()
             self.model.mel_mean.copy_(frames.mean(dim=0))
@@ -173,19 +171,16 @@ class FlowTask:
         return loss, dict(metrics)
 
     def validate(self) -> dict[str, float]:
-        """L1 of natural-log mels: sampled frames and the encoder's estimate, both under the chunked masks; and losses."""
+        """L1 of natural-log mels (sampled frames, and the encoder's estimate) under chunked masks, and the losses."""
         sums = torch.zeros(5)
-        device = self.model.encoder_proj.weight.device
+        device, ratio = self.model.encoder_proj.weight.device, self.config.flow.frames_per_token
         for first in range(0, len(self.valid), 8):
             batch = {key: value.to(device) for key, value in _collate(self.valid[first : first + 8]).items()}
             tokens, mel, lengths = batch["tokens"], batch["mel"], batch["lengths"]
-            frames = (
-                torch.arange(mel.shape[1], device=device)[None] < lengths[:, None] * self.config.flow.frames_per_token
-            )
+            frames = torch.arange(mel.shape[1], device=device)[None] < lengths[:, None] * ratio
             _, losses = self.model.cfm_loss(tokens, mel, lengths)
-            for place, predicted in enumerate(
-                (self.model.mel(tokens, lengths=lengths), self.model.estimate(tokens, lengths))
-            ):
+            both = self.model.mel(tokens, lengths=lengths), self.model.estimate(tokens, lengths)
+            for place, predicted in enumerate(both):
                 sums[place] += (predicted.float() - mel).abs().mean(dim=-1)[frames].sum().cpu()
             count = frames.sum().cpu()
             sums[2:] += torch.stack([losses["flow"].cpu() * count, losses["prior"].cpu() * count, count])
@@ -199,7 +194,7 @@ class FlowTask:
 
 @torch.no_grad()
 def write_predicted_mels(flow: Flow, data: Path, split: str = "train", batch_tokens: int = 2000) -> Path:
-    """Writes `predicted_mels/{split}-00000.tar` under `data`: `{id}.npy` (frames, bins) float16 for every tokenised sentence.
+    """Writes `predicted_mels/{split}-00000.tar` under `data`: `{id}.npy` (frames, bins) float16 for every sentence.
 
     The frames are those that a stream would give. The file appears under its name only when it is complete.
     """

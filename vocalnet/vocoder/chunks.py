@@ -1,7 +1,7 @@
-"""Chunked computation shared by the flow's parts: which row sees which, causal convolutions, and the caches of a stream.
+"""Chunked computation shared by the flow's parts: which row sees which, causal convolutions, caches of a stream.
 
 Time is cut into chunks of fixed size. A row sees its whole chunk and a number of chunks to the left (CosyVoice2,
-arXiv:2412.10117, section 2.3), so a chunk can be computed as soon as its last row is known and never changes afterwards:
+arXiv:2412.10117, section 2.3), so a chunk can be computed as soon as its last row is known, and never changes:
 
               key   0 1 | 2 3 | 4 5 | 6 7
     query 0, 1      x x   . .   . .   . .
@@ -33,8 +33,8 @@ def chunk_visible(rows: int, chunk: int, left_chunks: int | None, device: torch.
 class Span:
     """The rows being computed: their place in time, what they see, and where a stream's ring keeps them.
 
-    Offline: `visible` is a mask (B or 1, 1, rows, rows), or None when everything is seen. Streaming: the rows are one chunk;
-    they are written at `slot` of each layer's ring and attend to its first `filled` rows (`visible` hides stale ones).
+    Offline: `visible` is a mask (B or 1, 1, rows, rows), or None when everything is seen. Streaming: the rows are one
+    chunk, written at `slot` of each layer's ring, and attend to its first `filled` rows (`visible` hides stale ones).
     """
 
     first: int
@@ -140,8 +140,9 @@ class CausalConv1d(nn.Conv1d):
         padded = torch.cat([past, x], dim=1)
         past.copy_(padded[:, padded.shape[1] - reach :])
         windows = padded.unfold(1, reach + 1, 1)  # (B, T, C in, kernel)
-        if self.groups > 1:
-            return (windows * self.weight[:, 0]).sum(dim=-1) + self.bias
+        if self.groups > 1:  # depthwise
+            mixed = (windows * self.weight[:, 0]).sum(dim=-1)
+            return mixed if self.bias is None else mixed + self.bias
         return F.linear(windows.flatten(2), self.weight.flatten(1), self.bias)  # for few rows faster than a convolution
 
     def new_past(self, batch: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -172,15 +172,15 @@ class Estimator(nn.Module):
         self.final_block = CausalBlock(width, width, config.activation)
         self.final_proj = nn.Conv1d(width, outputs, 1)
 
-    def _stages(self) -> list[nn.ModuleList]:
-        return [*self.down_blocks, *self.mid_blocks, *self.up_blocks]  # type: ignore[list-item]
+    def _stages(self) -> list[Any]:
+        """Every stage as upstream nests it: ResNet block, transformer blocks and, first and last, a convolution."""
+        return [*self.down_blocks, *self.mid_blocks, *self.up_blocks]
 
     def init_state(self, batch: int, ring: Ring) -> EstimatorState:
         like, config = self.final_proj.weight, self.config
         states = []
         for resnet, transformers, *closing in self._stages():
-            convolutions = [resnet.block1, resnet.block2, *closing]
-            pasts = [convolution.new_past(batch) for convolution in convolutions]  # type: ignore[operator]
+            pasts = [convolution.new_past(batch) for convolution in (resnet.block1, resnet.block2, *closing)]
             rings = [KeyValueRing.allocate(batch, config.heads, ring, config.head_width, like) for _ in transformers]
             states.append(StageState(pasts, rings))
         return EstimatorState(states, self.final_block.new_past(batch))
@@ -205,8 +205,8 @@ class Estimator(nn.Module):
         return F.linear(x, self.final_proj.weight[..., 0], self.final_proj.bias)
 
     @staticmethod
-    def _transform(stage: nn.ModuleList, x: Tensor, time: Tensor, span: Span, memory: StageState | None) -> Tensor:
+    def _transform(stage: Any, x: Tensor, time: Tensor, span: Span, memory: StageState | None) -> Tensor:
         x = stage[0](x, time, None if memory is None else memory.pasts[:2])
-        for index, block in enumerate(stage[1]):  # type: ignore[arg-type]
+        for index, block in enumerate(stage[1]):
             x = block(x, span, None if memory is None else memory.rings[index])
         return x

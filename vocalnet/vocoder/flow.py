@@ -1,7 +1,7 @@
-"""Flow matching from speech tokens to mel frames: CosyVoice2's flow with its parameter names, offline or chunk by chunk.
+"""Flow matching from speech tokens to mel frames: CosyVoice2's flow with its parameter names, offline or in chunks.
 
-`Flow.mel` computes whole utterances; `Flow.init_state` and `Flow.step` compute the same frames as tokens arrive, with caches
-for every layer and every Euler step, so that a chunk costs the same however long the stream is.
+`Flow.mel` computes whole utterances; `Flow.init_state` and `Flow.step` compute the same frames as tokens arrive, with
+caches for every layer and every Euler step, so that a chunk costs the same however long the stream is.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def mini_flow_config(tokens: int, token_levels: tuple[int, ...] = ()) -> FlowCon
         chunk_tokens=5,
         left_chunks=20,
         encoder=TokenEncoderConfig(
-            width=256, heads=4, ffn=1024, blocks=3, up_blocks=2, lookahead=3, conv_kernel=7, scale_input=False
+            width=256, heads=4, ffn=512, blocks=2, up_blocks=2, lookahead=3, conv_kernel=7, scale_input=False
         ),
         estimator=EstimatorConfig(
-            width=160, heads=4, head_width=40, transformer_blocks=1, mid_stages=3, activation="silu"
+            width=128, heads=4, head_width=32, transformer_blocks=1, mid_stages=2, activation="silu"
         ),
         speaker_width=0,
         prompt=False,
@@ -328,7 +328,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def estimate(self, tokens: Tensor, lengths: Tensor | None = None, streaming: bool = True) -> Tensor:
-        """The encoder's own mel estimate (B, frames, bins), which the flow starts from where `prior_weight` trains it."""
+        """The encoder's own mel estimate (B, frames, bins), meaningful where `prior_weight` trains it."""
         hidden, _ = self._encode(tokens, lengths, streaming)
         return self._denormalise(self.encoder_proj(hidden).float())
 
@@ -449,7 +449,7 @@ class Flow(nn.Module):
         return flow + config.prior_weight * prior, {"flow": flow.detach(), "prior": prior.detach()}
 
     def _training_prompt(self, mel: Tensor) -> Tensor | None:
-        """For half of the utterances, up to 30 % of the mel's start as the prompt (zeros elsewhere), as upstream does."""
+        """For half of the utterances, up to 30 % of the mel's start as the prompt, zeros elsewhere (as upstream)."""
         if not self.config.prompt:
             return None
         batch, frames, _ = mel.shape

@@ -1,4 +1,4 @@
-"""Speech tokens (25 Hz) → frame-rate conditioning (50 Hz): CosyVoice2's up-sampling conformer, offline or chunk by chunk.
+"""Speech tokens (25 Hz) → frame-rate conditioning (50 Hz): CosyVoice2's up-sampling conformer, offline or in chunks.
 
 Parameter names and arithmetic are upstream's (`flow.encoder.*`), so that the released weights load.
 """
@@ -40,9 +40,9 @@ def position_features(first: int, rows: int, width: int, like: Tensor) -> Tensor
 class RelativeAttention(nn.Module):
     """Multi-head attention with relative sinusoidal positions (Transformer-XL, arXiv:1901.02860, section 3.3).
 
-    The position term of the score is (q_i + v)·W·pe(i − j) with pe of sines and cosines of i − j. The addition theorems turn
-    it into a product of something that depends on i alone with the features of j alone: no table of distances, no shifting,
-    and keys may lie in a ring in any order.
+    The position term of the score is (q_i + v)·W·pe(i − j) with pe of sines and cosines of i − j. The addition theorems
+    turn it into a product of something that depends on i alone with the features of j alone: no table of distances, no
+    shifting, and keys may lie in a ring in any order.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -91,7 +91,7 @@ class FeedForward(nn.Module):
 
 
 class ConvModule(nn.Module):
-    """The conformer's convolution (arXiv:2005.08100), causal: gated linear, depthwise convolution, LayerNorm, SiLU, linear."""
+    """The conformer's convolution (arXiv:2005.08100), causal and with LayerNorm in place of batch normalisation."""
 
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class BlockState:
 
 
 class ConformerBlock(nn.Module):
-    """Pre-norm attention, optional causal convolution, feed-forward (upstream's ConformerEncoderLayer without macaron)."""
+    """Pre-norm attention, optional causal convolution, feed-forward (upstream's ConformerEncoderLayer, not macaron)."""
 
     def __init__(self, config: TokenEncoderConfig) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Upsampling(nn.Module):
 
 @dataclass
 class TokenEncoderState:
-    """A stream through the token encoder: past rows of the convolutions, rings of the blocks, features of cached positions."""
+    """A stream: past rows of the convolutions, rings of the blocks, and the features of the rings' positions."""
 
     lookahead_past: Tensor
     up_past: Tensor
@@ -248,10 +248,11 @@ class TokenEncoder(nn.Module):
         rows = embedded.shape[1]
         x = F.pad(x, (0, 0, 0, self.config.lookahead - ahead.shape[1]))
         x = self.pre_lookahead_layer(x[:, :rows], x[:, rows:], None if state is None else state.lookahead_past)
-        x = self._run(self.encoders, x, token_span, state and state.blocks, state and state.features)
+        states, ring = (None, None) if state is None else (state.blocks, state.features)
+        x = self._run(self.encoders, x, token_span, states, ring)
         x = self.up_embed(self.up_layer(x, None if state is None else state.up_past))
-        x = self._run(self.up_encoders, x, frame_span, state and state.up_blocks, state and state.up_features)
-        return self.after_norm(x)
+        states, ring = (None, None) if state is None else (state.up_blocks, state.up_features)
+        return self.after_norm(self._run(self.up_encoders, x, frame_span, states, ring))
 
     def _run(
         self, blocks: nn.ModuleList, x: Tensor, span: Span, states: list[BlockState] | None, ring: Tensor | None

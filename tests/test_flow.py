@@ -1,0 +1,303 @@
+"""The flow: upstream's numbers, streams equal to whole utterances, bounded caches, its loss and its training task."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vocalnet.errors import CheckpointError, ConfigError, DataError, VocalNetError
+from vocalnet.training.flow import FlowTask, FlowTaskConfig, write_predicted_mels
+from vocalnet.vocoder.chunks import chunk_visible
+from vocalnet.vocoder.flow import EstimatorConfig, Flow, FlowConfig, FlowPrompt, TokenEncoderConfig, mini_flow_config
+
+FIXTURES = Path(__file__).parent / "fixtures" / "cosyvoice2"
+
+
+def fixture_weights(kind: str) -> dict[str, torch.Tensor]:
+    """The fixtures' deterministic weights of the `flow` or the `hift`."""
+    spec = importlib.util.spec_from_file_location("fill", FIXTURES / "fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    layout = json.loads((FIXTURES / "cosyvoice2_layout.json").read_text())[f"{kind}_parameters"]
+    return {name: module.fill(name, tuple(shape)) for name, shape in layout.items()}
+
+
+@pytest.fixture(scope="module")
+def official() -> Flow:
+    """CosyVoice2's flow at the fixtures' sizes, with their weights."""
+    encoder = TokenEncoderConfig(ffn=128, blocks=1)
+    estimator = EstimatorConfig(width=32, heads=2, head_width=16, transformer_blocks=2, mid_stages=2)
+    flow = Flow(FlowConfig(tokens=96, speaker_width=24, encoder=encoder, estimator=estimator)).eval()
+    flow.load_state_dict(fixture_weights("flow"))  # strict: the names and shapes are upstream's
+    return flow
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, torch.Tensor]:
+    return load_file(FIXTURES / "cosyvoice2_io.safetensors")
+
+
+@pytest.fixture(scope="module")
+def prompt(recorded: dict[str, torch.Tensor]) -> FlowPrompt:
+    return FlowPrompt(recorded["prompt_tokens"], recorded["prompt_mel"], recorded["speaker"])
+
+
+def tiny_config(**changes) -> FlowConfig:
+    """Mini's structure at a fraction of its size."""
+    config = mini_flow_config(60, (4, 5, 3))
+    encoder = dataclasses.replace(config.encoder, width=16, heads=2, ffn=16, blocks=1, up_blocks=1)
+    estimator = dataclasses.replace(config.estimator, width=16, heads=2, head_width=8, mid_stages=1)
+    return dataclasses.replace(
+        config, encoder=encoder, estimator=estimator, left_chunks=2, hidden_condition=4, **changes
+    )
+
+
+def tiny_flow(**changes) -> Flow:
+    """A tiny flow whose estimator does something (its last layer starts at zero)."""
+    flow = Flow(tiny_config(**changes)).eval()
+    torch.nn.init.normal_(flow.decoder.estimator.final_proj.weight)
+    return flow
+
+
+def stream(flow: Flow, tokens: torch.Tensor, sizes: list[int], **options) -> torch.Tensor:
+    state, mels, first = flow.init_state(tokens.shape[1] + 20, **options), [], 0
+    for size in sizes:
+        mel, state = flow.step(tokens[:, first : first + size], state, final=first + size >= tokens.shape[1])
+        first += size
+        mels.append(mel)
+    assert first >= tokens.shape[1]
+    return torch.cat(mels, dim=1)
+
+
+def test_parity_offline(official, recorded, prompt):
+    noise = recorded["noise"].transpose(1, 2)
+    mel = official.mel(recorded["tokens"], streaming=False, prompt=prompt, noise=noise)
+    torch.testing.assert_close(mel.transpose(1, 2), recorded["mel_offline"], atol=1e-4, rtol=0)
+
+
+def test_fixed_noise_is_upstreams(official, recorded):
+    torch.testing.assert_close(official._noise(0, 200, torch.device("cpu"), None), recorded["noise"].transpose(1, 2))
+
+
+@pytest.mark.parametrize("count", [18, 33, 43, None])
+def test_parity_streaming_masks(official, recorded, prompt, count):
+    mel = official.mel(recorded["tokens"][:, :count], prompt=prompt, final=count is None)
+    expected = recorded["mel_streaming_full" if count is None else f"mel_streaming_prefix{count}"]
+    torch.testing.assert_close(mel.transpose(1, 2), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [[60], [18, 25, 17], [7] * 9])
+def test_official_stream_equals_upstream(official, recorded, prompt, sizes):
+    mel = stream(official, recorded["tokens"], sizes, prompt=prompt)
+    torch.testing.assert_close(mel.transpose(1, 2), recorded["mel_streaming_full"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("length", [1, 5, 7, 8, 52, 53])
+@pytest.mark.parametrize("size", [1, 6, 15])
+def test_mini_stream_equals_offline(length, size):
+    flow = tiny_flow()
+    tokens = torch.randint(60, (1, length))
+    sizes = [size] * (-(-length // size))
+    torch.testing.assert_close(stream(flow, tokens, sizes), flow.mel(tokens), atol=1e-4, rtol=0)
+
+
+def test_growing_prefix_leaves_frames_unchanged():
+    flow = tiny_flow()
+    tokens = torch.randint(60, (1, 40))
+    whole = flow.mel(tokens)
+    for count in (13, 23, 38):
+        part = flow.mel(tokens[:, :count], final=False)
+        full_chunks = (count - 3) // 5 * 10
+        torch.testing.assert_close(part[:, :full_chunks], whole[:, :full_chunks], atol=1e-4, rtol=0)
+
+
+def test_frames_come_as_soon_as_the_lookahead_is_there():
+    flow = tiny_flow()
+    state = flow.init_state()
+    counts = [flow.step(torch.zeros(1, 1, dtype=torch.long), state)[0].shape[1] for _ in range(14)]
+    assert [place for place, count in enumerate(counts, start=1) if count] == [8, 13]
+    assert sum(counts) == 20
+
+
+def test_caches_do_not_grow():
+    flow = tiny_flow()
+    state = flow.init_state()
+
+    def cached() -> int:
+        return sum(ring.keys.numel() for step in state.estimator for stage in step.stages for ring in stage.rings)
+
+    before = cached()
+    for _ in range(40):
+        flow.step(torch.randint(60, (1, 5)), state)
+    assert cached() == before
+    assert state.pending.shape[1] < 8
+
+
+def test_padded_batch_equals_single_utterances():
+    flow = tiny_flow()
+    tokens, lengths = torch.randint(60, (2, 31)), torch.tensor([31, 12])
+    batch = flow.mel(tokens, lengths=lengths)
+    torch.testing.assert_close(batch[:1], flow.mel(tokens[:1]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(batch[1:, :24], flow.mel(tokens[1:, :12]), atol=1e-4, rtol=0)
+
+
+def test_left_chunks_bound_what_is_seen():
+    visible = chunk_visible(8, 2, 2)
+    assert visible[7].tolist() == [False, False, True, True, True, True, True, True]
+    assert visible[2].tolist() == [True, True, True, True, False, False, False, False]
+
+
+def test_bfloat16_stream():
+    flow = tiny_flow().to(torch.bfloat16)
+    mel = stream(flow, torch.randint(60, (1, 12)), [12])
+    assert mel.shape == (1, 24, 80)
+    assert mel.isfinite().all()
+
+
+def test_stream_refuses_more_than_it_can_hold(official, prompt):
+    state = official.init_state(max_tokens=50, prompt=prompt)
+    with pytest.raises(VocalNetError, match="max_tokens"):
+        official.step(torch.zeros(1, 90, dtype=torch.long), state)
+
+
+def test_ended_stream_refuses_tokens():
+    flow = tiny_flow()
+    _, state = flow.step(torch.zeros(1, 3, dtype=torch.long), flow.init_state(), final=True)
+    with pytest.raises(VocalNetError, match="ended"):
+        flow.step(torch.zeros(1, 3, dtype=torch.long), state)
+
+
+def test_speaker_is_required(official):
+    with pytest.raises(VocalNetError, match="FlowPrompt"):
+        official.mel(torch.zeros(1, 5, dtype=torch.long))
+
+
+def test_levels_must_fit_tokens():
+    with pytest.raises(ConfigError, match="not 100"):
+        FlowConfig(tokens=100, token_levels=(8, 8))
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_loss_ignores_padding(streaming):
+    flow = tiny_flow()
+    tokens, mel = torch.randint(60, (2, 10)), torch.randn(2, 20, 80)
+    lengths = torch.tensor([10, 4])
+    losses = []
+    for filler in (0.0, 50.0):
+        mel[1, 8:] = filler
+        torch.manual_seed(1)
+        losses.append(flow.cfm_loss(tokens, mel, lengths, streaming=streaming)[0])
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_official_loss_trains_every_parameter(official):
+    flow = Flow(official.config)
+    loss, _ = flow.cfm_loss(torch.randint(96, (4, 12)), torch.randn(4, 24, 80), speaker=torch.randn(4, 24))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in flow.parameters())
+
+
+def test_loss_falls():
+    flow = tiny_flow()
+    tokens = torch.randint(60, (4, 15))
+    mel = torch.randn(60, 160)[tokens].view(4, 30, 80)  # a mel that follows from the token
+    optimizer = torch.optim.AdamW(flow.parameters(), 2e-2)
+    history = []
+    for _ in range(30):
+        loss, metrics = flow.cfm_loss(tokens, mel)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(float(metrics["prior"]))
+    assert history[-1] < 0.9 * history[0]
+
+
+def test_save_and_load(tmp_path):
+    flow = tiny_flow()
+    flow.save(tmp_path)
+    tokens = torch.randint(60, (1, 9))
+    torch.testing.assert_close(Flow.from_folder(tmp_path).mel(tokens), flow.mel(tokens))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Flow.from_folder(tmp_path / "nowhere")
+
+
+def write_archive(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def packed(**arrays: np.ndarray) -> bytes:
+    stream_ = io.BytesIO()
+    np.savez(stream_, **arrays)
+    return stream_.getvalue()
+
+
+def single(array: np.ndarray) -> bytes:
+    stream_ = io.BytesIO()
+    np.save(stream_, array)
+    return stream_.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Prepared data of five and two sentences; the mels are one row longer than the tokens cover."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 5), ("valid", 2)):
+        tokens = {f"{split}{i}": random.integers(0, 60, 8 + 9 * i).astype(np.int16) for i in range(count)}
+        mels = {name: random.normal(-5, 2, (2 * len(row) + 1, 80)).astype(np.float16) for name, row in tokens.items()}
+        write_archive(
+            tmp_path / "answer_tokens" / f"{split}-00000.tar",
+            {f"{name}.npy": single(row) for name, row in tokens.items()},
+        )
+        write_archive(
+            tmp_path / "answer_features" / f"{split}-00000.tar",
+            {f"{name}.npz": packed(mel=mel) for name, mel in mels.items()},
+        )
+    return tmp_path
+
+
+def test_task_batches_are_deterministic_and_complete(data):
+    config = FlowTaskConfig(flow=tiny_config(), batch_tokens=60, max_utterance_tokens=30)
+    task = FlowTask(config, data, seed=1)
+    first, again, other = list(task.batches(0)), list(task.batches(0)), list(task.batches(1))
+    assert sum(len(batch["lengths"]) for batch in first) == 5
+    assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(first, again, strict=True))
+    assert any(a["tokens"].tolist() != b["tokens"].tolist() for a, b in zip(first, other, strict=False))
+    assert max(batch["tokens"].shape[1] for batch in first) <= 30
+    assert all(batch["mel"].shape[1] == 2 * batch["tokens"].shape[1] for batch in first)
+
+
+def test_task_trains_validates_and_exports(data, tmp_path):
+    task = FlowTask(FlowTaskConfig(flow=tiny_config()), data, seed=1)
+    assert task.model.mel_mean.mean() == pytest.approx(-5, abs=0.5)
+    parameters = [parameter for group in task.parameter_groups() for parameter in group["params"]]
+    assert len(parameters) == len(list(task.model.parameters()))
+    loss, metrics = task.loss(next(iter(task.batches(0))), step=0)
+    loss.backward()
+    assert set(metrics) == {"flow", "prior"}
+    with torch.no_grad():
+        assert set(task.validate()) == {"mel_l1", "estimate_l1", "flow", "prior"}
+    task.export(tmp_path)
+    target = write_predicted_mels(Flow.from_folder(tmp_path), data, "valid")
+    with tarfile.open(target) as tar:
+        shapes = {member.name: np.load(io.BytesIO(tar.extractfile(member).read())).shape for member in tar}
+    assert shapes == {"valid0.npy": (16, 80), "valid1.npy": (34, 80)}
+
+
+def test_task_says_what_is_missing(data, tmp_path):
+    with pytest.raises(DataError, match=r"train-\*\.tar"):
+        FlowTask(FlowTaskConfig(flow=tiny_config()), tmp_path / "empty", seed=1)
+    few = dataclasses.replace(tiny_config(), tokens=10, token_levels=())
+    with pytest.raises(ConfigError, match=r"options\.flow\.tokens is 10"):
+        FlowTask(FlowTaskConfig(flow=few), data, seed=1)
