@@ -22,18 +22,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from vocalnet.adapter import AdapterConfig, SpeechAdapter
-from vocalnet.config import from_dict, to_dict
+from vocalnet.config import to_dict
 from vocalnet.errors import CheckpointError, ConfigError, DataError
 from vocalnet.evaluation.accept import is_right, normalise
+from vocalnet.parts import load_part, save_part
 from vocalnet.prompt import ChatPrompt
 
-ADAPTER_FILE = "model.safetensors"
 POOL_BATCHES = 32  # batches are cut from length-sorted pools of this many, then shuffled
 
 
@@ -189,30 +188,6 @@ def load_llm(folder: Path, config: AlignTaskConfig) -> Any:
     return get_peft_model(llm, settings)
 
 
-def load_adapter(folder: Path) -> SpeechAdapter:
-    """An exported adapter (config.json, model.safetensors); `attach` the LLM's embeddings before using its CTC head.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit.
-    """
-    for name in ("config.json", ADAPTER_FILE):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}; give the folder of an exported adapter")
-    adapter = SpeechAdapter(from_dict(AdapterConfig, json.loads((folder / "config.json").read_text())))
-    try:
-        adapter.load_state_dict(load_file(folder / ADAPTER_FILE))
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder} does not fit its config.json: {' '.join(str(error).split())}") from error
-    return adapter
-
-
-def save_adapter(adapter: SpeechAdapter, folder: Path) -> None:
-    """Writes config.json and model.safetensors into `folder` (made if missing); `load_adapter` inverts it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous().cpu() for name, value in adapter.state_dict().items()}, folder / ADAPTER_FILE)
-    (folder / "config.json").write_text(json.dumps(to_dict(adapter.config), indent=2) + "\n")
-
-
 class AlignTask:
     """Stage 1 for the engine (see `vocalnet.training.task.Task`)."""
 
@@ -240,7 +215,7 @@ class AlignTask:
     def _make_adapter(self, embeddings: Tensor) -> SpeechAdapter:
         """The adapter to train: loaded, or new with the vocabulary of all training questions, spoken or not."""
         if self.config.init_adapter is not None:
-            adapter = load_adapter(self.config.init_adapter)
+            adapter = load_part(SpeechAdapter, AdapterConfig, self.config.init_adapter)
         else:
             vocabulary = sorted({token for question in self.texts.values() for token in question.ids})
             torch.manual_seed(self.seed)
@@ -320,7 +295,7 @@ class AlignTask:
         config = to_dict(self.config)
         config["llm"] = Path(self.config.llm).name
         if self.model.adapter is not None:
-            save_adapter(self.model.adapter, folder / "adapter")
+            save_part(self.model.adapter, self.model.adapter.config, folder / "adapter")
         if self.model.llm is not None:
             if self.config.train_lora:
                 for settings in self.model.llm.peft_config.values():
