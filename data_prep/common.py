@@ -7,17 +7,21 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vocalnet.errors import DataError
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much data to make. Utterance counts are per source of voices."""
+    """How much data to make; `kokoro`, `hibari`, `flite` count questions recorded with that source of voices."""
 
     facts_per_group: int | None
     valid_questions: int
@@ -27,21 +31,39 @@ class Size:
     flite: int
     valid_kokoro: int
     per_shard: int
+    vocoder_minutes: float
 
 
 SIZES = {
-    "tiny": Size(2, 30, 20, 0, 12, 12, 0, 10),
-    "small": Size(None, 1000, 3200, 900, 3000, 2500, 160, 250),
-    "full": Size(None, 3000, 8000, 6000, 12000, 9000, 400, 500),
+    "tiny": Size(2, 60, 40, 0, 12, 12, 0, 40, 0.1),
+    "small": Size(None, 1000, 3200, 900, 3500, 3400, 160, 250, 40.0),
+    "full": Size(None, 3000, 8000, 6000, 12000, 9000, 400, 500, 120.0),
 }
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Write a file so that it is either absent or whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that it is either absent or whole.
+
+    Raises:
+        DataError: the disk is full or the folder not writable.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {path} ({error.strerror}); make room or choose another --data folder") from None
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -50,11 +72,14 @@ class Shard:
 
     name: str
     sha256: str
+    made_from: str
     samples: int
     seconds: float
 
 
 Sample = tuple[str, dict[str, bytes]]  # key, {extension: content}
+Made = tuple[list[Sample], float]  # a shard's samples and their seconds of audio
+Plan = dict[str, Any]  # shard name → what it is made from (plain JSON)
 
 
 def tar_bytes(samples: list[Sample]) -> bytes:
@@ -95,46 +120,79 @@ def read_tar(path: Path) -> Iterator[Sample]:
 
 
 class ShardFolder:
-    """A step's output: numbered shards, each recorded in a side file as soon as it is whole, and one manifest."""
+    """A step's output: shards, each with a record beside it as soon as it is whole, and one manifest.
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    A record holds the hash of the work the shard was made from, so that changed input makes the shard anew.
+    """
+
+    def __init__(self, folder: Path, settings: Any) -> None:
         self.folder = folder
-        self.config = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+        self.settings = settings
         folder.mkdir(parents=True, exist_ok=True)
 
-    def done(self, name: str) -> Shard | None:
-        """The shard's record if it is finished, whole and made with this configuration."""
+    def _made_from(self, work: Any) -> str:
+        return hashlib.sha256(json.dumps([self.settings, work], sort_keys=True).encode()).hexdigest()[:16]
+
+    def done(self, name: str, work: Any) -> Shard | None:
+        """The shard's record if it is finished, whole and made from this work."""
         record, tar = self.folder / f".{name}.json", self.folder / name
         if not (record.exists() and tar.exists()):
             return None
-        saved = json.loads(record.read_text())
-        if saved.pop("config") != self.config:
-            return None
-        shard = Shard(**saved)
-        return shard if hashlib.sha256(tar.read_bytes()).hexdigest() == shard.sha256 else None
+        shard = Shard(**json.loads(record.read_text()))
+        whole = shard.made_from == self._made_from(work) and file_hash(tar) == shard.sha256
+        return shard if whole else None
 
-    def write(self, name: str, samples: list[Sample], seconds: float) -> Shard:
+    def write(self, name: str, work: Any, samples: list[Sample], seconds: float) -> Shard:
         """Write one shard and its record, each atomically."""
         content = tar_bytes(samples)
-        shard = Shard(name, hashlib.sha256(content).hexdigest(), len(samples), round(seconds, 3))
+        digest = hashlib.sha256(content).hexdigest()
+        shard = Shard(name, digest, self._made_from(work), len(samples), round(seconds, 3))
         atomic_write(self.folder / name, content)
-        atomic_write(self.folder / f".{name}.json", json.dumps({**asdict(shard), "config": self.config}).encode())
+        atomic_write(self.folder / f".{name}.json", json.dumps(asdict(shard)).encode())
         return shard
 
     def finish(self, shards: list[Shard]) -> dict[str, Any]:
-        """Write the manifest, drop shards of earlier configurations, return the totals."""
+        """Write the manifest, drop shards that an earlier plan left, return the totals."""
         names = {shard.name for shard in shards}
-        for stale in self.folder.glob("*.tar"):
-            if stale.name not in names:
-                stale.unlink()
+        for record in self.folder.glob(".*.tar.json"):
+            name = record.name[1:].removesuffix(".json")
+            if name not in names:
+                (self.folder / name).unlink(missing_ok=True)
+                record.unlink()
         manifest = {
-            "config": self.config,
             "samples": sum(shard.samples for shard in shards),
             "hours": round(sum(shard.seconds for shard in shards) / 3600, 4),
+            "settings": self.settings,
             "shards": [asdict(shard) for shard in shards],
         }
         atomic_write(self.folder / "manifest.json", json.dumps(manifest, indent=1).encode())
         return manifest
+
+
+def run_plan(folder: ShardFolder, plan: Plan, make: Callable[[Any], Made], jobs: int) -> list[Shard]:
+    """Make every shard of `plan` that is not already whole; a kill loses at most the shards being made."""
+    shards: dict[str, Shard] = {}
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns) as bar:
+        task = bar.add_task(f"{folder.folder.name} shards", total=len(plan))
+        for name, work in plan.items():
+            shard = folder.done(name, work)
+            if shard:
+                shards[name] = shard
+                bar.advance(task)
+        missing = [name for name in plan if name not in shards]
+        for name, (samples, seconds) in zip(missing, _results(make, [plan[n] for n in missing], jobs), strict=True):
+            shards[name] = folder.write(name, plan[name], samples, seconds)
+            bar.advance(task)
+    return [shards[name] for name in plan]
+
+
+def _results(make: Callable[[Any], Made], work: list[Any], jobs: int) -> Iterator[Made]:
+    if jobs <= 1 or len(work) <= 1:
+        yield from map(make, work)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(make, work)
 
 
 def check_manifest(folder: Path) -> dict[str, Any]:
@@ -151,6 +209,6 @@ def check_manifest(folder: Path) -> dict[str, Any]:
         tar = folder / shard["name"]
         if not tar.exists():
             raise DataError(f"shard {tar} is missing: run its step again")
-        if hashlib.sha256(tar.read_bytes()).hexdigest() != shard["sha256"]:
+        if file_hash(tar) != shard["sha256"]:
             raise DataError(f"shard {tar} differs from its manifest: delete it and run its step again")
     return manifest

@@ -1,11 +1,12 @@
 """Texts: fact tables × phrasings → questions with short spoken answers, and plain sentences for speech coverage.
 
-The tables under ``facts/`` hold what is true; each category lists its training and its validation phrasings, which never
-overlap. Everything is deterministic in the seed, and everything is speakable: no digits, no symbols.
+The tables under ``facts/`` hold what is true; each category lists its training and its validation phrasings, which
+never overlap. Everything is deterministic in the seed, and everything is speakable: no digits, no symbols.
 """
 
 from __future__ import annotations
 
+import calendar
 import hashlib
 import json
 import random
@@ -22,13 +23,11 @@ from vocalnet.errors import DataError
 
 FACTS = Path(__file__).parent / "facts"
 SPEAKABLE = re.compile(r"[A-Za-z][A-Za-z ,'-]*(?:[.?!] [A-Za-z][A-Za-z ,'-]*)*[.?!]")
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
+DAYS = list(calendar.day_name)
+MONTHS = list(calendar.month_name)[1:]
+TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+ONES = f"zero one two three four five six seven eight nine {TEENS}".split()
+TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 Fields = dict[str, str]
 
 
@@ -141,8 +140,7 @@ def _rows(group: dict[str, Any]) -> list[list[str]]:
 
 def _sentence(template: str, fields: Fields) -> str:
     text = template.format(**fields)
-    text = re.sub(r"([.?!] |^)([a-z])", lambda m: m[1] + m[2].upper(), text)
-    return text
+    return re.sub(r"([.?!] |^)([a-z])", lambda m: m[1] + m[2].upper(), text)
 
 
 def _accepted(group: dict[str, Any], row: Fields, alternatives: list[dict[str, str]]) -> list[str]:
@@ -159,7 +157,9 @@ def _table_facts(group: dict[str, Any]) -> Iterator[Fact]:
     names = group["fields"]
     for row in _rows(group):
         if len(row) != len(names):
-            raise DataError(f"facts table {group['category']!r}: {' = '.join(row)!r} has {len(row)} fields, not {len(names)}")
+            raise DataError(
+                f"facts table {group['category']!r}: {' = '.join(row)!r} has {len(row)} fields, not {len(names)}"
+            )
         cells = [cell.split("|") for cell in row]
         fields = dict(zip(names, (cell[0] for cell in cells), strict=True))
         others = [{**fields, names[-1]: other} for other in cells[-1][1:]]
@@ -213,7 +213,7 @@ def _check(facts: list[Fact]) -> None:
 
 
 def _turns(facts: list[Fact], split: str) -> list[Turn]:
-    turns = {}
+    turns: dict[str, Turn] = {}
     for fact in facts:
         for question in fact.train if split == "train" else fact.valid:
             turn = Turn(text_id(question), split, fact.category, question, fact.answer, fact.accept, fact.answer)
