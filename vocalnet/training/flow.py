@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,24 +194,29 @@ class FlowTask:
 
 
 @torch.no_grad()
-def write_predicted_mels(flow: Flow, data: Path, split: str = "train", batch_tokens: int = 2000) -> Path:
+def write_predicted_mels(
+    flow: Flow, data: Path, split: str = "train", names: Collection[str] | None = None, batch_tokens: int = 1000
+) -> Path:
     """Writes `predicted_mels/{split}-00000.tar` under `data`: `{id}.npy` (frames, bins) float16 for every sentence.
 
+    `names` restricts it to those ids.
     The frames are those that a stream would give. The file appears under its name only when it is complete.
     """
-    tokens = load_tokens(data, split)
+    tokens = {
+        name: row for name, row in load_tokens(data, split).items() if len(row) and (names is None or name in names)
+    }
     folder = data / "predicted_mels"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{split}-00000.tar"
     partial = target.with_suffix(".tmp")
     groups: list[list[str]] = [[]]
-    for name in sorted((name for name in tokens if len(tokens[name])), key=lambda name: len(tokens[name])):
+    for name in sorted(tokens, key=lambda name: len(tokens[name])):
         if groups[-1] and len(tokens[name]) * (len(groups[-1]) + 1) > batch_tokens:
             groups.append([])
         groups[-1].append(name)
     device = flow.encoder_proj.weight.device
     with tarfile.open(partial, "w") as tar:
-        for group in track(groups, description=f"predicted mels, {split}"):
+        for group in track([group for group in groups if group], description=f"predicted mels, {split}"):
             rows = [tokens[name] for name in group]
             lengths = torch.tensor([len(row) for row in rows], device=device)
             padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
@@ -232,10 +238,15 @@ def main() -> None:
     parser.add_argument("flow", type=Path, help="folder with model.safetensors and config.json")
     parser.add_argument("data", type=Path, help="data folder with answer_tokens")
     parser.add_argument("--splits", nargs="+", default=["train", "valid"])
+    parser.add_argument("--vocoder-targets", action="store_true", help="only sentences in the data's vocoder_targets")
     arguments = parser.parse_args()
     flow = Flow.from_folder(arguments.flow)
+    names = None
+    if arguments.vocoder_targets:
+        index = json.loads((arguments.data / "vocoder_targets" / "index.json").read_text())
+        names = {sentence["id"] for sentence in index["sentences"]}
     for split in arguments.splits:
-        print(write_predicted_mels(flow, arguments.data, split))
+        print(write_predicted_mels(flow, arguments.data, split, names))
 
 
 if __name__ == "__main__":
