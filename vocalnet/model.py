@@ -18,12 +18,11 @@ from torch import nn
 
 from vocalnet.adapter import AdapterConfig, SpeechAdapter
 from vocalnet.backbone import Backbone
-from vocalnet.checkpoints import base_model
 from vocalnet.config import from_dict, to_dict
 from vocalnet.encoder import SpeechEncoder
 from vocalnet.errors import CheckpointError
 from vocalnet.layers import Precision
-from vocalnet.parts import CONFIG_FILE, load_part, read_json, save_part
+from vocalnet.parts import CONFIG_FILE, load_part, read_json
 from vocalnet.prompt import ChatPrompt
 from vocalnet.sampling import SamplingConfig
 from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
@@ -128,6 +127,8 @@ class VocalNet:
             ConfigError: a configuration has unknown keys.
             DownloadError: a base model is not here and cannot be fetched.
         """
+        from vocalnet.checkpoints import base_model
+
         folder = model_folder(source)
         config = from_dict(VocalNetConfig, read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
         generation = config.generation

@@ -112,6 +112,7 @@ class Session:
         self._listener = Listener(model.encoder.config.mel_bins)
         self._prepared: _Prepared | None = None
         self._answering: _Answer | None = None
+        self._last_speaker: Speaker | None = None
 
     # ---- listening ----
 
@@ -131,6 +132,11 @@ class Session:
             self._drop_prepared()
         if self._listener.paused and self._prepared is None:
             self._prepare()
+
+    @property
+    def speech_tokens(self) -> list[int]:
+        """Speech tokens of the newest answer so far."""
+        return self._last_speaker.tokens if self._last_speaker else []
 
     @property
     def paused(self) -> bool:
@@ -164,6 +170,7 @@ class Session:
             raise AudioError("no word was recognised in the question; speak closer to the microphone")
         self._prepared = None
         self._listener = Listener(self.model.encoder.config.mel_bins)
+        self._last_speaker = prepared.speaker
         self.turns.append(prepared.turn)
         self._answering = _Answer(self, prepared, start)
         return self._answering.run()
@@ -291,7 +298,9 @@ class _Answer:
         model, session, since = self.session.model, self.session, time.perf_counter()
         backbone, rows = model.backbone, []
         for _ in range(wanted):
-            token = int(sample(logits, session.generation.text, session._generator, torch.tensor([self.ids], dtype=torch.long)))
+            token = int(
+                sample(logits, session.generation.text, session._generator, torch.tensor([self.ids], dtype=torch.long))
+            )
             if token in model.prompt.stop_ids:
                 self.complete = True
                 break

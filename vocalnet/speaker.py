@@ -1,6 +1,6 @@
 """The speaking half of a conversation: rows of answer text in, waveform chunks out, every stage a stream.
 
-    text rows → speech decoder (speech tokens, 25 Hz) → flow (mel, 50 Hz) → vocoder (waveform, 24 kHz)
+text rows → speech decoder (speech tokens, 25 Hz) → flow (mel, 50 Hz) → vocoder (waveform, 24 kHz)
 """
 
 from __future__ import annotations
@@ -89,7 +89,11 @@ class Speaker:
         """Waveform chunks (N,) float32 for all speech that the text so far allows, to the end if it is complete."""
         while not self.finished:
             since = time.perf_counter()
-            size = self._generation.first_speech_tokens if not self.tokens else self._model.speech_decoder.config.speech_chunk
+            size = (
+                self._generation.first_speech_tokens
+                if not self.tokens
+                else self._model.speech_decoder.config.speech_chunk
+            )
             new = generate_chunk(
                 self._model.speech_decoder,
                 self._decoder,
