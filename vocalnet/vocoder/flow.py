@@ -83,12 +83,12 @@ def mini_flow_config(tokens: int, token_levels: tuple[int, ...] = ()) -> FlowCon
         prompt=False,
         hidden_condition=80,
         normalise_mel=True,
-        residual_scale=0.3,
+        residual_scale=0.15,
         steps=4,
         guidance=0.0,
         guidance_drop=0.0,
         temperature=0.7,
-        prior_weight=1.0,
+        prior_weight=10.0,
         official_noise=False,
     )
 
