@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
 WITHOUT_DEPENDENCIES := distillmos==0.9.1 xls-r-sqa==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help chat setup test lint types format unit train-tiny clean
+.PHONY: help chat setup reproduce test lint types format unit clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -28,7 +28,7 @@ $(VENV)/.runtime: pyproject.toml | $(BIN)/python
 
 $(VENV)/.develop: pyproject.toml $(VENV)/.runtime
 	@echo "installing training, evaluation and development tools"
-	@$(PIP) --editable '.[train,eval,dev]'
+	@$(PIP) --editable '.[data,train,eval,dev]'
 	@$(PIP) --no-deps $(WITHOUT_DEPENDENCIES)
 	@touch $@
 
@@ -36,6 +36,9 @@ setup: $(VENV)/.develop ## the environment with all tools, in .venv
 
 chat: $(VENV)/.runtime ## the answer to a spoken question, as a WAV file (QUESTION=file.wav)
 	@$(BIN)/vocalnet chat $(QUESTION)
+
+reproduce: $(VENV)/.develop ## the whole of the mini model from text (SIZE=tiny, small or full)
+	@PYTHON=$(BIN)/python recipes/reproduce.sh
 
 lint: $(VENV)/.develop ## ruff: rules and format
 	@$(BIN)/ruff check --quiet .
