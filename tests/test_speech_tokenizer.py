@@ -131,7 +131,7 @@ def test_task_learns_resumes_its_order_and_exports(tmp_path: Path) -> None:
     write_features(features, "train", 6)
     write_features(features, "valid", 2)
     task = TokenizerTask(TokenizerTaskConfig(model=SMALL, batch=3, crop_tokens=8), tmp_path, seed=1)
-    orders = [[batch.mel.sum().item() for batch in task.batches(0)] for _ in range(2)]
+    orders = [[batch["mel"].sum().item() for batch in task.batches(0)] for _ in range(2)]
     assert orders[0] == orders[1]
     optimizer = torch.optim.Adam(task.parameter_groups())
     losses = []

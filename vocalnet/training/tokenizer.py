@@ -118,18 +118,12 @@ def feature_statistics(utterances: list[Utterance]) -> dict[str, Tensor]:
     return statistics
 
 
-@dataclass
-class Padded:
-    """A batch of crops, zero-padded; masks are 1 on real tokens and frames."""
-
-    whisper: Tensor  # (B, T, 512) raw
-    mel: Tensor  # (B, 2 T, 80) raw
-    pitch: Tensor  # (B, 2 T, 2)
-    phonemes: Tensor  # (B, 2 T), −100 in the padding
-    lengths: Tensor  # (B,) tokens
+Batch = dict[str, Tensor]
+"""Zero-padded crops: whisper (B, T, 512) and mel (B, 2 T, 80) as stored, pitch (B, 2 T, 2), phonemes (B, 2 T) with −100
+in the padding, lengths (B,) in tokens."""
 
 
-def pad_batch(crops: list[tuple[Utterance, int, int]]) -> Padded:
+def pad_batch(crops: list[tuple[Utterance, int, int]]) -> Batch:
     """Crops (utterance, first token, tokens) → one padded batch."""
     longest = max(tokens for _, _, tokens in crops)
 
@@ -141,13 +135,13 @@ def pad_batch(crops: list[tuple[Utterance, int, int]]) -> Padded:
             rows.append(F.pad(x, (0, 0) * (x.dim() - 1) + (0, (longest - tokens) * per_token), value=fill))
         return torch.stack(rows)
 
-    return Padded(
-        whisper=stack("whisper", 1, 0.0),
-        mel=stack("mel", FRAMES_PER_TOKEN, 0.0),
-        pitch=stack("pitch", FRAMES_PER_TOKEN, 0.0),
-        phonemes=stack("phonemes", FRAMES_PER_TOKEN, -100),
-        lengths=torch.tensor([tokens for _, _, tokens in crops]),
-    )
+    return {
+        "whisper": stack("whisper", 1, 0.0),
+        "mel": stack("mel", FRAMES_PER_TOKEN, 0.0),
+        "pitch": stack("pitch", FRAMES_PER_TOKEN, 0.0),
+        "phonemes": stack("phonemes", FRAMES_PER_TOKEN, -100),
+        "lengths": torch.tensor([tokens for _, _, tokens in crops]),
+    }
 
 
 # ------------------------------------------------------------------ task
@@ -214,7 +208,7 @@ class TokenizerTask:
         """One group."""
         return [{"params": list(self.model.parameters()), "lr": self.config.lr, "betas": (0.9, 0.98)}]
 
-    def batches(self, epoch: int) -> Iterator[Padded]:
+    def batches(self, epoch: int) -> Iterator[Batch]:
         """Utterances of similar length together; those over `crop_tokens` are cropped at random."""
         rng = np.random.default_rng([self.seed, epoch])
         limit, size = self.config.crop_tokens, self.config.batch
@@ -229,26 +223,26 @@ class TokenizerTask:
                 crops.append((utterance, int(rng.integers(0, utterance.tokens - tokens + 1)), tokens))
             yield pad_batch(crops)
 
-    def _forward(self, batch: Padded) -> tuple[TokenizerOutput, Tensor, Tensor, Tensor]:
+    def _forward(self, batch: Batch) -> tuple[TokenizerOutput, Tensor, Tensor, Tensor]:
         """Outputs, normalised Whisper features and mel, and the mask of tokens (B, T, 1)."""
-        whisper = (batch.whisper - self.tokenizer.whisper_mean) / self.tokenizer.whisper_std
-        mel = (batch.mel - self.tokenizer.mel_mean) / self.tokenizer.mel_std
+        whisper = (batch["whisper"] - self.tokenizer.whisper_mean) / self.tokenizer.whisper_std
+        mel = (batch["mel"] - self.tokenizer.mel_mean) / self.tokenizer.mel_std
         steps = torch.arange(whisper.shape[1], device=whisper.device)
-        mask = (steps[None] < batch.lengths[:, None]).float()[..., None]
+        mask = (steps[None] < batch["lengths"][:, None]).float()[..., None]
         frame_mask = mask.repeat_interleave(FRAMES_PER_TOKEN, dim=1)
         whisper, mel = whisper * mask, mel * frame_mask  # zeros outside, as the convolutions pad
         return self.tokenizer(whisper, mel), whisper, mel, mask
 
-    def loss(self, batch: Padded, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
         """Mel L1 plus the weighted others; metrics carry each part."""
         output, whisper, mel, mask = self._forward(batch)
         frame_mask = mask.repeat_interleave(FRAMES_PER_TOKEN, dim=1)
-        suggested = self.model["predictor"](batch.phonemes).float()
+        suggested = self.model["predictor"](batch["phonemes"]).float()
         parts = {
             "mel": masked_mean((output.mel.float() - mel).abs(), frame_mask),
-            "phonemes": F.cross_entropy(output.phonemes.float().transpose(1, 2), batch.phonemes),
+            "phonemes": F.cross_entropy(output.phonemes.float().transpose(1, 2), batch["phonemes"]),
             "whisper": masked_mean((output.whisper.float() - whisper).square(), mask),
-            "pitch": pitch_loss(output.pitch.float(), batch.pitch, frame_mask[..., 0]),
+            "pitch": pitch_loss(output.pitch.float(), batch["pitch"], frame_mask[..., 0]),
             "predictable": masked_mean((output.bounded - suggested).square(), mask),
             "commitment": masked_mean((output.bounded - output.codes.detach()).square(), mask),
         }
@@ -259,16 +253,17 @@ class TokenizerTask:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Reconstruction on the held-out utterances, and how many codes the training set's first ones use."""
+        """Reconstruction of the held-out utterances, and how many codes they use."""
         mel_l1, hits, frames, semitones, tokens = 0.0, 0.0, 0, [], []
+        device = self.tokenizer.mel_mean.device
         for utterance in self.valid:
-            batch = self._on_device(pad_batch([(utterance, 0, utterance.tokens)]))
+            batch = {name: x.to(device) for name, x in pad_batch([(utterance, 0, utterance.tokens)]).items()}
             output, _, mel, _ = self._forward(batch)
             mel_l1 += (output.mel - mel).abs().mean().item() / len(self.valid)
-            hits += (output.phonemes.argmax(-1) == batch.phonemes).sum().item()
-            frames += batch.phonemes.numel()
-            voiced = batch.pitch[..., 1] > 0
-            error = (output.pitch[..., 0] - batch.pitch[..., 0])[voiced].abs() * LOG_F0_SCALE * 12 / math.log(2)
+            hits += (output.phonemes.argmax(-1) == batch["phonemes"]).sum().item()
+            frames += batch["phonemes"].numel()
+            voiced = batch["pitch"][..., 1] > 0
+            error = (output.pitch[..., 0] - batch["pitch"][..., 0])[voiced].abs() * LOG_F0_SCALE * 12 / math.log(2)
             semitones.append(error.mean().item())
             tokens.append(self.tokenizer.quantizer.to_tokens(output.codes).flatten())
         counts = torch.bincount(torch.cat(tokens), minlength=self.config.model.tokens).float()
@@ -280,10 +275,6 @@ class TokenizerTask:
             "codes_used": float(len(share)),
             "code_entropy_bits": float(-(share * share.log2()).sum()),
         }
-
-    def _on_device(self, batch: Padded) -> Padded:
-        device = self.tokenizer.mel_mean.device
-        return Padded(**{name: value.to(device) for name, value in vars(batch).items()})
 
     def export(self, folder: Path) -> None:
         """Writes the tokenizer's model.safetensors and config.json."""
