@@ -73,6 +73,7 @@ class Ring:
 
     @property
     def capacity(self) -> int:
+        """Rows kept."""
         return self.chunk * self.chunks
 
     def advance(self, rows: int, device: torch.device) -> Span:
@@ -106,6 +107,7 @@ class KeyValueRing:
 
     @classmethod
     def allocate(cls, batch: int, heads: int, ring: Ring, head_width: int, like: Tensor) -> KeyValueRing:
+        """Zeros for a new stream, of the type and on the device of `like`."""
         shape = (batch, heads, ring.capacity, head_width)
         return cls(like.new_zeros(shape), like.new_zeros(shape))
 

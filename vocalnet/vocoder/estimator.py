@@ -37,6 +37,8 @@ def time_features(t: Tensor, width: int) -> Tensor:
 
 
 class TimeMLP(nn.Module):
+    """Sinusoidal features of the flow time → its embedding."""
+
     def __init__(self, features: int, width: int) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(features, width)
@@ -58,6 +60,7 @@ class CausalBlock(nn.Module):
         return self.activation(self.block[2](self.block[0](x, past)))
 
     def new_past(self, batch: int) -> Tensor:
+        """Zeros for the start of a stream."""
         return self.block[0].new_past(batch)  # type: ignore[operator]
 
 
@@ -79,6 +82,8 @@ class ResNetBlock(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention without positions; the causal convolutions around it carry the order."""
+
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
         self.heads, self.head_width = heads, head_width
@@ -99,6 +104,8 @@ class Attention(nn.Module):
 
 
 class GeluLinear(nn.Module):
+    """Linear layer and GELU, under upstream's name `proj`."""
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.proj = nn.Linear(inputs, outputs)
@@ -119,6 +126,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward."""
+
     def __init__(self, config: EstimatorConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width)
@@ -177,6 +186,7 @@ class Estimator(nn.Module):
         return [*self.down_blocks, *self.mid_blocks, *self.up_blocks]
 
     def init_state(self, batch: int, ring: Ring) -> EstimatorState:
+        """Caches of a new stream, for one flow time."""
         like, config = self.final_proj.weight, self.config
         states = []
         for resnet, transformers, *closing in self._stages():

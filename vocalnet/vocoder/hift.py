@@ -62,6 +62,7 @@ class Fifo:
     data: Tensor | None = None
 
     def push(self, x: Tensor) -> None:
+        """Appends the newest samples."""
         self.data = x if self.data is None else torch.cat([self.data, x], dim=-1)
 
     def take(self, count: int) -> Tensor:
@@ -144,6 +145,7 @@ class ResBlock(nn.Module):
         self.activations2 = nn.ModuleList([Snake(channels) for _ in dilations])
 
     def init_state(self) -> ResBlockState:
+        """The state of a new stream."""
         count = len(self.convs1)
         return ResBlockState(*([Fifo() for _ in range(count)] for _ in range(3)))
 
@@ -171,6 +173,7 @@ class F0Predictor(nn.Module):
         self.classifier = nn.Linear(config.f0_width, 1)
 
     def init_state(self) -> list[Fifo]:
+        """The state of a new stream: past samples of each convolution."""
         return [Fifo() for _ in range(len(self.condnet) // 2)]
 
     def forward(self, mel: Tensor, state: list[Fifo], final: bool) -> Tensor:

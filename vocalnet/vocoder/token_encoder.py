@@ -81,6 +81,8 @@ class RelativeAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Linear, SiLU, linear."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.w_1 = nn.Linear(width, hidden)
@@ -131,6 +133,7 @@ class ConformerBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def init_state(self, batch: int, ring: Ring) -> BlockState:
+        """Caches of a new stream."""
         attention = self.self_attn
         like = self.norm_mha.weight
         past = None if self.conv_module is None else self.conv_module.depthwise_conv.new_past(batch)
@@ -215,6 +218,7 @@ class TokenEncoder(nn.Module):
         self.after_norm = nn.LayerNorm(config.width)
 
     def init_state(self, batch: int, token_ring: Ring, frame_ring: Ring) -> TokenEncoderState:
+        """Caches of a new stream; the rings count rows at the token rate and at the frame rate."""
         like, width = self.after_norm.weight, self.config.width
         return TokenEncoderState(
             self.pre_lookahead_layer.conv2.new_past(batch),
