@@ -16,7 +16,8 @@ DATA=${DATA:-data/$SIZE}
 RUNS=${RUNS:-runs/$SIZE}
 MODEL=${MODEL:-$RUNS/model}
 JOBS=${JOBS:-$(nproc)}
-if [ -x .venv/bin/python ]; then PYTHON=${PYTHON:-.venv/bin/python}; else PYTHON=${PYTHON:-python3}; fi
+[ ! -x .venv/bin/python ] || PYTHON=${PYTHON:-.venv/bin/python}
+PYTHON=${PYTHON:-python3}
 
 # Minutes of training a stage. "tiny" also validates on less, which would otherwise take longer than its training.
 declare -A minutes quick
