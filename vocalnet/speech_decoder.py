@@ -32,6 +32,7 @@ from vocalnet.layers import (
     Rotation,
     compute_dtype,
     pack_module,
+    rotate,
 )
 from vocalnet.mask import last_speech_row, training_mask, visible_text_count
 from vocalnet.mtp import SequentialMTP
@@ -142,6 +143,8 @@ class TrainingPass:
     """Decoder and modules, each (N, vocabulary)."""
     targets: list[Tensor]
     """Each (N,): the token k + 1 rows on, IGNORE past the end."""
+    attention: Tensor | None = None
+    """(N, heads, text rows, padded): log attention over the text alone, of the layer and heads asked for."""
 
 
 @dataclass
@@ -237,6 +240,7 @@ class SpeechDecoder(nn.Module):
         streaming: Tensor,
         modules: int | None = None,
         inputs: Sequence[Tensor] | None = None,
+        attention: tuple[int, int] | None = None,
     ) -> TrainingPass:
         """Runs a batch offline, with teacher forcing.
 
@@ -246,6 +250,7 @@ class SpeechDecoder(nn.Module):
             streaming: (B,) bool, the mask of each sample.
             modules: how many of the MTP modules to run; default all.
             inputs: per sample (S_i,) what is fed in place of `tokens`, which stay the targets.
+            attention: (layer, number of heads) whose attention to the text to return.
         """
         config = self.config
         chunks = (config.text_chunk, config.speech_chunk)
@@ -266,7 +271,10 @@ class SpeechDecoder(nn.Module):
         def run(layer: LlamaLayer, hidden: Tensor, depth: int) -> Tensor:
             return layer(hidden, rotation, masks[depth])
 
-        for layer in self.decode_layers:
+        watched = None
+        for index, layer in enumerate(self.decode_layers):
+            if attention is not None and index == attention[0]:
+                watched = self._text_attention(layer, x, rotation, masks[0], text_size, attention[1])
             x = run(layer, x, 0)
         rows = torch.arange(speech_size, device=device)[None] < speech_lengths[:, None]  # (B, Ts)
         hidden = x[:, text_size:][rows]
@@ -275,7 +283,7 @@ class SpeechDecoder(nn.Module):
             logits.append(self.mtp_layers.logits(state[:, text_size:][rows], depth))
         full = [F.pad(F.pad(row, (0, 1), value=config.eos), (0, count), value=IGNORE) for row in tokens]
         targets = [torch.cat([row[k : len(row) - count + k] for row in full]) for k in range(count + 1)]
-        return TrainingPass(hidden, logits, targets)
+        return TrainingPass(hidden, logits, targets, None if watched is None else watched[rows])
 
     def training_loss(
         self,
@@ -469,6 +477,20 @@ class SpeechDecoder(nn.Module):
             x = layer(x, rotation, causal=True)
         bos = self.embedding(torch.full((len(lengths), 1), self.config.bos, device=text.device))
         return torch.cat((bos.to(x.dtype), x), 1)
+
+    def _text_attention(
+        self, layer: LlamaLayer, x: Tensor, rotation: Rotation, bias: Tensor, text_size: int, heads: int
+    ) -> Tensor:
+        """(B, Ts, heads, Tt) log attention of speech rows over visible text, as if there were no speech to see."""
+        size = layer.config.size
+        x = layer.input_layernorm(x)
+        # The first heads of queries and keys; rotation may differ by head.
+        turn = Rotation(*(part[:, :heads] for part in rotation))
+        weight = torch.cat((layer.self_attn.q_proj.weight[: heads * size], layer.self_attn.k_proj.weight[: heads * size]))
+        q, k = F.linear(x, weight).view(*x.shape[:2], 2 * heads, size).chunk(2, 2)
+        q, k = rotate(q, turn)[:, text_size:], rotate(k, turn)[:, :text_size]
+        scores = torch.einsum("bshd,bthd->bsht", q, k).float() * size**-0.5
+        return (scores + bias[:, 0, text_size:, None, :text_size].float()).log_softmax(-1)
 
     def _bias(self, mask: Tensor) -> Tensor:
         """(B, L, L) bool → (B, 1, L, L) floats to add to the scores, in the dtype of the attention."""

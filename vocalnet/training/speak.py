@@ -58,6 +58,10 @@ class SpeakTaskConfig:
     module_steps: int = 0  # forward curriculum: one more module every so many steps; 0 trains all from the start
     token_noise: float = 0.1  # share of input speech tokens replaced by random ones: errors then stay small
     phoneme_weight: float = 0.3  # of the auxiliary phoneme classification
+    guide_weight: float = 0.3  # of the loss that points a few heads at the word being said
+    guide_layer: int = 1
+    guide_heads: int = 2
+    word_boundary: int = 16  # phoneme id of the space between words
     validation_sentences: int = 200  # for cross entropy and accuracy
     free_running: int = 24  # of these, how many are also generated
 
@@ -75,6 +79,7 @@ class Spoken:
     text: str
     tokens: Tensor  # (S,) int64
     phonemes: Tensor  # (S,) int64, IGNORE where unknown
+    words: Tensor  # (S,) int64: index of the word being said, their number in the closing silence, IGNORE where unknown
     questions: tuple[str, ...]
 
 
@@ -128,7 +133,7 @@ def load_spoken(data_dir: Path, split: str, config: SpeakTaskConfig) -> list[Spo
         row = json.loads(line)
         said.setdefault(sentence_id(row["spoken"]), (row["answer"], []))[1].append(row["question"])
     sentences = data_dir / "texts" / "sentences.jsonl"
-    if split == "train" and sentences.is_file():
+    if sentences.is_file():  # which split one is in, its tokens tell
         for line in sentences.read_text().splitlines():
             text = json.loads(line)["text"]
             said.setdefault(sentence_id(text), (text, list(config.sentence_prompts)))
@@ -139,17 +144,48 @@ def load_spoken(data_dir: Path, split: str, config: SpeakTaskConfig) -> list[Spo
         if len(ids) and int(ids.max()) >= config.decoder.units:
             raise DataError(f"{name} has token {int(ids.max())}; the decoder's units are {config.decoder.units}")
         chosen = random.Random(name).sample(questions, min(len(questions), config.questions_per_answer))
-        result.append(Spoken(name, text, ids, _at_token_rate(phonemes.get(name), len(ids)), tuple(chosen)))
+        frames = phonemes.get(name)
+        words = None if frames is None else spoken_words(frames, len(text.split()), config.word_boundary)
+        size = len(ids)
+        result.append(
+            Spoken(name, text, ids, _at_token_rate(frames, size), _at_token_rate(words, size), tuple(chosen))
+        )
     if not result:
         raise DataError(f"no sentence of the {split} texts has tokens in {data_dir / 'answer_tokens'}")
     return result
 
 
-def _at_token_rate(phonemes: np.ndarray | None, size: int) -> Tensor:
-    """(T,) phonemes at 50 Hz → (size,) at 25 Hz, IGNORE where there is none."""
+def spoken_words(phonemes: np.ndarray, count: int, boundary: int) -> np.ndarray | None:
+    """Frame-level phonemes (T,), 0 for silence → index of the word in each frame (T,), `count` in the closing silence.
+
+    None if there are not `count` words between boundaries, as with numbers written in digits.
+    """
+    said = np.flatnonzero(phonemes)
+    if not len(said):
+        return None
+    starts = np.diff((phonemes == boundary).astype(np.int64), prepend=0) == 1
+    words = np.cumsum(starts)  # a boundary counts with the word that it opens
+    if words[said[-1]] != count - 1:
+        return None
+    words[said[-1] + 1 :] = count
+    return words
+
+
+def text_words(pieces: Sequence[str]) -> list[int]:
+    """The word that each token belongs to, from the tokens' texts: a token that begins with a space opens a word."""
+    words = []
+    word = 0
+    for i, piece in enumerate(pieces):
+        word += bool(i and piece[:1].isspace())
+        words.append(word)
+    return words
+
+
+def _at_token_rate(values: np.ndarray | None, size: int) -> Tensor:
+    """(T,) labels at 50 Hz → (size,) at 25 Hz, IGNORE where there is none."""
     row = torch.full((size,), IGNORE, dtype=torch.long)
-    if phonemes is not None:
-        known = torch.from_numpy(phonemes.astype(np.int64))[::2][:size]
+    if values is not None:
+        known = torch.from_numpy(values.astype(np.int64))[::2][:size]
         row[: len(known)] = known
     return row
 
@@ -174,6 +210,7 @@ class AnswerStates:
         self._fill(pairs)
         self.hidden, self.ids = self._load(len(pairs))
         self.table = self._embedding_table()
+        self._words: dict[int, Tensor] = {}
 
     def rows(self, index: int, decoder: SpeechDecoder) -> Tensor:
         """(T + 1, input_size): the text rows of pair `index`, the end token's last."""
@@ -181,6 +218,13 @@ class AnswerStates:
         hidden = torch.cat((self.hidden[index].float(), end.float()))
         embedding = torch.cat((self.table[self.ids[index]], end)).float()
         return decoder.text_rows(hidden, embedding)
+
+    def words(self, index: int) -> Tensor:
+        """(T + 2,): the word of each text row of pair `index`; BOS has none (-1), the end token the number of words."""
+        if index not in self._words:
+            words = text_words([self.prompt.tokenizer.decode([token]) for token in self.ids[index].tolist()])
+            self._words[index] = torch.tensor([-1, *words, words[-1] + 1 if words else 0])
+        return self._words[index]
 
     def _fill(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Computes the files that are missing."""
@@ -289,7 +333,8 @@ class SpeakTask:
         if config.module_steps:
             modules = min(modules, step // config.module_steps + 1)
         noisy = [self._noisy(row) for row in batch["tokens"]]
-        result = decoder.training_pass(batch["text"], batch["tokens"], batch["streaming"], modules, noisy)
+        guided = (config.guide_layer, config.guide_heads) if config.guide_weight else None
+        result = decoder.training_pass(batch["text"], batch["tokens"], batch["streaming"], modules, noisy, guided)
         loss, losses = token_losses(result, config.decay)
         metrics: dict[str, float | Tensor] = {**losses, "positions": float(len(result.targets[0]))}
         if self.model.phoneme_head is not None:
@@ -297,6 +342,10 @@ class SpeakTask:
             phoneme = F.cross_entropy(self.model.phoneme_head(result.hidden).float(), targets, ignore_index=IGNORE)
             loss = loss + config.phoneme_weight * phoneme
             metrics["phoneme"] = phoneme.detach()
+        if result.attention is not None:
+            guide = guide_loss(result.attention, batch["text_words"], batch["words"])
+            loss = loss + config.guide_weight * guide
+            metrics["guide"] = guide.detach()
         return loss, metrics
 
     def validate(self) -> dict[str, float]:
@@ -328,11 +377,13 @@ class SpeakTask:
     def _collate(
         self, items: Sequence[Spoken], pairs: Sequence[int], coins: Sequence[bool], states: AnswerStates
     ) -> dict[str, Any]:
-        """`text`, `tokens`, `phonemes`: a tensor per sample; `streaming` (B,) bool."""
+        """`text`, `tokens`, `phonemes`, `words`, `text_words`: a tensor per sample; `streaming` (B,) bool."""
         return {
             "text": [states.rows(pair, self.model.decoder) for pair in pairs],
             "tokens": [item.tokens for item in items],
             "phonemes": [item.phonemes for item in items],
+            "words": [item.words for item in items],
+            "text_words": [states.words(pair) for pair in pairs],
             "streaming": torch.tensor(coins),
         }
 
@@ -369,6 +420,27 @@ class SpeakTask:
             edits += edit_distance(generate_chunk(decoder, state, SamplingConfig(), 2 * len(tokens) + 16), tokens)
             total += len(tokens)
         return edits / max(1, total)
+
+
+def guide_loss(attention: Tensor, text_words: Sequence[Tensor], words: Sequence[Tensor]) -> Tensor:
+    """Minus the log of the attention that lies on the word about to be said: heads learn to follow the text.
+
+    Alignment would emerge by itself, but late (Tachibana et al., 2018, guide attention along the diagonal). Rows whose
+    word is not visible yet do not count.
+
+    Args:
+        attention: (N, heads, text rows), log attention; N counts the rows of all samples, S_i + 1 each.
+        text_words: per sample (T_i,), the word of each text row.
+        words: per sample (S_i,), the word of each speech token.
+    """
+    rows = pad_sequence(list(text_words), True, -1).repeat_interleave(
+        torch.tensor([len(row) + 1 for row in words], device=attention.device), 0
+    )  # (N, Tt)
+    target = torch.cat([F.pad(row, (0, 1), value=IGNORE) for row in words])
+    hit = (rows == target[:, None])[:, None, : attention.shape[-1]]  # (N, 1, Tt)
+    found = attention.masked_fill(~hit, float("-inf")).amax(-1) > float("-inf")
+    mass = attention.masked_fill(~hit, -1e4).logsumexp(-1)  # (N, heads)
+    return -(mass * found).sum() / found.sum().clamp(min=1)
 
 
 def initialise(decoder: SpeechDecoder) -> None:

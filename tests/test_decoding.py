@@ -1,0 +1,119 @@
+"""Decoding: verified drafts follow the decoder's own law, special tokens stay out, the last token ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.test_speech_decoder import GREEDY, TINY, make, run, text
+from vocalnet.decoding import _verify, generate_chunk
+from vocalnet.errors import ConfigError
+from vocalnet.sampling import SamplingConfig
+
+
+@pytest.mark.parametrize("modules", [1, 3])
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_verified_is_next_token_decoding(modules, penalty):
+    decoder, rows = make(), text()
+    sampling = SamplingConfig(repetition_penalty=penalty)
+    plain = run(decoder, rows, 5, 15, 0, "accept-all", sampling=sampling)
+    assert run(decoder, rows, 5, 15, modules, "verified", sampling=sampling) == plain
+
+
+def test_good_drafts_save_steps():
+    """With modules that copy the decoder's next prediction, drafts pass and steps carry several tokens."""
+    decoder, rows = make(), text()
+    decoder.output_proj.weight.data.zero_()
+    decoder.output_proj.bias.data[7] = 5.0  # the decoder always says 7, and so do its modules
+    for module in decoder.mtp_layers:
+        module.output_proj.load_state_dict(decoder.output_proj.state_dict())
+    state = decoder.init_state(64, 128)
+    decoder.add_text(rows, state, last=True)
+    assert generate_chunk(decoder, state, GREEDY, 60, "verified") == [7] * 60
+    assert state.steps <= 60 // 4 + 1
+
+
+def test_verification_keeps_the_law():
+    """χ² of 5,000 draws from the verification rule against the decoder's law, over a toy vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.1, 0.0], [0.1, 0.1, 0.1, 0.1, 0.6]])
+    q = torch.tensor([[0.1, 0.2, 0.3, 0.2, 0.2]])
+    sampling = SamplingConfig(temperature=1.0)
+    counts, after = torch.zeros(5), torch.zeros(5)
+    draws = 5_000
+    for draft in torch.multinomial(q[0], draws, replacement=True, generator=generator).tolist():
+        passed, token = _verify(p, [draft], q, sampling, generator)
+        counts[draft if passed else token] += 1
+        if passed:
+            after[token] += 1
+    expected = p[0] * draws
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    chi2 = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert chi2 < 16.3  # 3 degrees of freedom, 0.1 %
+    expected = p[1] * after.sum()
+    assert ((after - expected) ** 2 / expected).sum() < 18.5  # 4 degrees of freedom
+
+
+def test_sampled_streams_share_their_law():
+    """The first tokens of many verified and plain answers have the same frequencies."""
+    decoder, rows = make(replace(TINY, units=4, mtp_modules=2)), text(4)
+    sampling = SamplingConfig(temperature=1.0)
+    counts = {}
+    for mode in ("accept-all", "verified"):
+        generator = torch.Generator().manual_seed(1)
+        table = torch.zeros(4, 4)
+        for _ in range(100):
+            state = decoder.init_state(8, 16, 0 if mode == "accept-all" else 2)
+            decoder.add_text(rows, state, last=False)
+            first, second = generate_chunk(decoder, state, sampling, 2, mode, generator)
+            table[first, second] += 1
+        counts[mode] = table.flatten()
+    total = counts["accept-all"] + counts["verified"]
+    kept = total > 8
+    chi2 = ((counts["accept-all"] - counts["verified"]) ** 2 / total.clamp(min=1))[kept].sum()
+    assert chi2 < kept.sum() + 4 * (2 * kept.sum()) ** 0.5
+
+
+@pytest.mark.parametrize("mode", ["accept-all", "verified"])
+def test_special_tokens_never_come_out(mode):
+    decoder, rows = make(), text()
+    decoder.output_proj.bias.data[[decoder.config.bos, decoder.config.sos, decoder.config.eos + 1]] = 100.0
+    for module in decoder.mtp_layers:
+        module.output_proj.bias.data[decoder.config.units :] = 100.0
+    tokens = run(decoder, rows, 5, 15, 3, mode)
+    assert all(token < decoder.config.units for token in tokens)
+
+
+@pytest.mark.parametrize("mode", ["accept-all", "verified"])
+def test_eos_ends_only_after_all_text(mode):
+    decoder, rows = make(), text(13)
+    for head in (decoder, *decoder.mtp_layers):
+        head.output_proj.bias.data[decoder.config.eos] = 100.0  # wants to end at once
+    state = decoder.init_state(64, 128)
+    decoder.add_text(rows[:10], state)
+    middle = generate_chunk(decoder, state, GREEDY, 99, mode)
+    assert len(middle) >= 20
+    assert not state.finished
+    decoder.add_text(rows[10:], state, last=True)
+    rest = generate_chunk(decoder, state, GREEDY, 99, mode)
+    assert state.finished
+    # 14 rows with BOS are visible from speech row 31 on: token 31 may be the end.
+    assert len(middle) + len(rest) == 31
+    assert generate_chunk(decoder, state, GREEDY, 99, mode) == []
+
+
+def test_seed_reproduces():
+    decoder, rows = make(), text()
+    sampling = SamplingConfig(temperature=0.9, top_p=0.9, repetition_penalty=1.2)
+    for mode in ("accept-all", "verified"):
+        first = run(decoder, rows, 5, 15, mode=mode, sampling=sampling)
+        assert first == run(decoder, rows, 5, 15, mode=mode, sampling=sampling)
+
+
+def test_unknown_mode():
+    decoder = make()
+    with pytest.raises(ConfigError, match="accept-all, verified"):
+        generate_chunk(decoder, decoder.init_state(), GREEDY, 5, "guess")  # type: ignore[arg-type]
