@@ -61,6 +61,7 @@ class AlignTaskConfig:
     adapter_lr: float = 1e-3
     lora_lr: float = 5e-4
     batch_size: int = 32
+    frame_noise: float = 0.0  # Gaussian noise on encoder frames in training, relative to their standard deviation
     text_fraction: float = 0.5  # of the samples in phase `answers`: written questions in place of spoken ones
     ctc_weight: float = 0.3
     kl_weight: float = 0.0  # distillation from the same LLM reading the written question
@@ -342,7 +343,10 @@ class AlignTask:
             return self._written_rows(questions), None
         assert adapter is not None
         spoken = len(batch["frames"])
-        hidden, lengths = adapter(batch["frames"].float(), batch["lengths"])
+        frames = batch["frames"].float()
+        if self.model.training and self.config.frame_noise:
+            frames = frames + self.config.frame_noise * frames.std() * torch.randn_like(frames)
+        hidden, lengths = adapter(frames, batch["lengths"])
         ctc = adapter.ctc_loss(hidden, lengths, [ids.tolist() for ids in questions[:spoken]])
         if self.config.phase == "ctc":
             return [], ctc
