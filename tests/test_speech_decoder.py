@@ -119,7 +119,11 @@ def teacher_forced(decoder, rows, tokens, streaming=True):
 @pytest.mark.parametrize("streaming", [True, False])
 def test_stream_equals_training_mask(streaming):
     """Feeding rows through the caches, text in pieces, gives the logits of the training pass for every head."""
-    decoder, rows, tokens = make(), text(), torch.randint(40, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+    decoder, rows, tokens = (
+        make(),
+        text(),
+        torch.randint(40, (60,), generator=torch.Generator().manual_seed(3)).tolist(),
+    )
     offline = teacher_forced(decoder, rows, tokens, streaming)
     state = decoder.init_state(32, 64, streaming=streaming)
     given = 0

@@ -69,9 +69,7 @@ class SpeechDecoderConfig:
 
     def __post_init__(self) -> None:
         if self.compatible and (
-            self.text_input != "hidden"
-            or self.width != self.llm_hidden_size
-            or self.speech_position_scale != 1
+            self.text_input != "hidden" or self.width != self.llm_hidden_size or self.speech_position_scale != 1
         ):
             raise ConfigError(
                 "compatible needs text_input 'hidden', width equal to llm_hidden_size and speech_position_scale 1; "
@@ -258,7 +256,9 @@ class SpeechDecoder(nn.Module):
         device = self.embedding.weight.device
         text_lengths = torch.tensor([len(rows) + 1 for rows in text], device=device)
         speech_lengths = torch.tensor([len(row) + 1 for row in tokens], device=device)
-        speech_in = pad_sequence([F.pad(row, (1, 0), value=config.sos) for row in inputs or tokens], True, config.units + 3)
+        speech_in = pad_sequence(
+            [F.pad(row, (1, 0), value=config.sos) for row in inputs or tokens], True, config.units + 3
+        )
         text_in = self._project_batch(pad_sequence(list(text), True), text_lengths)
         text_size, speech_size = text_in.shape[1], speech_in.shape[1]
         x = torch.cat((text_in, self.embedding(speech_in)), 1)  # (B, L, width)
@@ -486,7 +486,9 @@ class SpeechDecoder(nn.Module):
         x = layer.input_layernorm(x)
         # The first heads of queries and keys; rotation may differ by head.
         turn = Rotation(*(part[:, :heads] for part in rotation))
-        weight = torch.cat((layer.self_attn.q_proj.weight[: heads * size], layer.self_attn.k_proj.weight[: heads * size]))
+        weight = torch.cat(
+            (layer.self_attn.q_proj.weight[: heads * size], layer.self_attn.k_proj.weight[: heads * size])
+        )
         q, k = F.linear(x, weight).view(*x.shape[:2], 2 * heads, size).chunk(2, 2)
         q, k = rotate(q, turn)[:, text_size:], rotate(k, turn)[:, :text_size]
         scores = torch.einsum("bshd,bthd->bsht", q, k).float() * size**-0.5

@@ -52,10 +52,12 @@ class SpeakTaskConfig:
     questions_per_answer: int = 3
     lr: float = 1e-3
     weight_decay: float = 0.01
-    batch_positions: int = 4096  # rows of a batch, padding included
+    batch_positions: int = 1536  # rows of a batch, padding included; small: steps matter more than smooth gradients
     streaming_probability: float = 0.75  # of the streaming mask, by sample
     decay: float = 0.8  # loss of module k weighs decay^k
-    module_steps: int = 0  # forward curriculum: one more module every so many steps; 0 trains all from the start
+    module_steps: int = (
+        120  # forward curriculum: no module at first, one more every so many steps; 0: all from the start
+    )
     token_noise: float = 0.1  # share of input speech tokens replaced by random ones: errors then stay small
     phoneme_weight: float = 0.3  # of the auxiliary phoneme classification
     guide_weight: float = 0.3  # of the loss that points a few heads at the word being said
@@ -147,9 +149,7 @@ def load_spoken(data_dir: Path, split: str, config: SpeakTaskConfig) -> list[Spo
         frames = phonemes.get(name)
         words = None if frames is None else spoken_words(frames, len(text.split()), config.word_boundary)
         size = len(ids)
-        result.append(
-            Spoken(name, text, ids, _at_token_rate(frames, size), _at_token_rate(words, size), tuple(chosen))
-        )
+        result.append(Spoken(name, text, ids, _at_token_rate(frames, size), _at_token_rate(words, size), tuple(chosen)))
     if not result:
         raise DataError(f"no sentence of the {split} texts has tokens in {data_dir / 'answer_tokens'}")
     return result
@@ -331,7 +331,7 @@ class SpeakTask:
         decoder, config = self.model.decoder, self.config
         modules = decoder.config.mtp_modules
         if config.module_steps:
-            modules = min(modules, step // config.module_steps + 1)
+            modules = min(modules, step // config.module_steps)
         noisy = [self._noisy(row) for row in batch["tokens"]]
         guided = (config.guide_layer, config.guide_heads) if config.guide_weight else None
         result = decoder.training_pass(batch["text"], batch["tokens"], batch["streaming"], modules, noisy, guided)
