@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -35,7 +36,7 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(2, 60, 40, 0, 12, 12, 0, 40, 0.1),
+    "tiny": Size(2, 60, 40, 0, 24, 12, 0, 40, 0.1),
     "small": Size(None, 1000, 3200, 900, 3500, 3400, 160, 250, 40.0),
     "full": Size(None, 3000, 8000, 6000, 12000, 9000, 400, 500, 120.0),
 }
@@ -53,7 +54,8 @@ def atomic_write(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise DataError(f"cannot write {path} ({error.strerror}); make room or choose another --data folder") from None
 
 
@@ -187,11 +189,17 @@ def run_plan(folder: ShardFolder, plan: Plan, make: Callable[[Any], Made], jobs:
     return [shards[name] for name in plan]
 
 
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # the processes already fill the cores
+
+
 def _results(make: Callable[[Any], Made], work: list[Any], jobs: int) -> Iterator[Made]:
     if jobs <= 1 or len(work) <= 1:
         yield from map(make, work)
         return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         yield from pool.map(make, work)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,6 @@ _models: dict[str, Any] = {}  # per process: models load once
 def _encoder(folder: Path) -> SpeechEncoder:
     key = str(folder)
     if key not in _models:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         _models[key] = SpeechEncoder.from_whisper(folder, torch.bfloat16)
     return _models[key]
 

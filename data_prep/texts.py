@@ -21,6 +21,7 @@ import yaml
 from data_prep.common import Size, atomic_write
 from vocalnet.errors import DataError
 
+YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
 FACTS = Path(__file__).parent / "facts"
 SPEAKABLE = re.compile(r"[A-Za-z][A-Za-z ,'-]*(?:[.?!] [A-Za-z][A-Za-z ,'-]*)*[.?!]")
 DAYS = list(calendar.day_name)
@@ -182,7 +183,7 @@ def load_facts(folder: Path = FACTS, per_group: int | None = None) -> list[Fact]
     """All facts of the tables in ``folder``, or the first ``per_group`` of each category."""
     facts: list[Fact] = []
     for path in sorted(folder.glob("*.yaml")):
-        for group in yaml.safe_load(path.read_text()):
+        for group in yaml.load(path.read_text(), YAML):
             found = list(_item_facts(group) if "items" in group else _table_facts(group))
             facts += found[:per_group]
     if not facts:
@@ -244,7 +245,7 @@ def chatterbot_sentences() -> list[str]:
         return []
     found = set()
     for path in sorted(Path(chatterbot_corpus.__file__).parent.glob("data/english/*.yml")):
-        for conversation in yaml.safe_load(path.read_text(encoding="utf8")).get("conversations", []):
+        for conversation in yaml.load(path.read_text(encoding="utf8"), YAML).get("conversations", []):
             for line in conversation:
                 for text in re.split(r"(?<=[.!?])\s+", str(line).replace("\n", " ")):
                     text = text.strip()

