@@ -27,7 +27,10 @@ from vocalnet.layers import (
     Rotary,
     Rotation,
     compute_dtype,
+    hadamard,
     pack_linear,
+    spread,
+    spread_block,
 )
 from vocalnet.lora import LoraAdapter
 
@@ -162,6 +165,8 @@ class LeanDecoder:
 
     def __init__(self, config: Any, weights: Weights, precision: Precision, lora: LoraAdapter | None) -> None:
         self.dtype = compute_dtype(precision)
+        # Between the layers int8 works on spread activations: no channel is then too large for 8 bits.
+        self.mixer = hadamard(spread_block(config.hidden_size)) if precision == "int8" else None
         heads = config.num_attention_heads
         layer = LayerConfig(
             width=config.hidden_size,
@@ -184,7 +189,9 @@ class LeanDecoder:
         tied = "lm_head.weight" not in weights.names()
         head_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
         head = weights.get(head_name)
-        self.head: PackedLinear = pack_linear(lora.merge(head_name, head) if lora else head, None, precision)
+        self.head: PackedLinear = pack_linear(
+            lora.merge(head_name, head) if lora else head, None, precision, spread_input=True
+        )
         self.device = head.device
         self.rotary = _rotary(config)
         self._table: Rotation | None = None
@@ -201,8 +208,12 @@ class LeanDecoder:
         assert self._table is not None
         rotation = self._table.rows(state.length, state.length + x.shape[1])
         x = x.to(self.dtype)
+        if self.mixer is not None:
+            x = spread(x, self.mixer)
         for layer, cache in zip(self.layers, state.caches, strict=True):
             x = layer.step(x, rotation, cache)
+        if self.mixer is not None:
+            x = spread(x, self.mixer)
         state.length += x.shape[1]
         return self.norm(x)
 
@@ -232,7 +243,7 @@ def _load_layer(
             )
         state[name] = lora.merge(prefix + name, weight) if lora else weight
     layer.load_state_dict(state, assign=True)
-    layer.pack(precision)
+    layer.pack(precision, spread_stream=precision == "int8")
     return layer.eval()
 
 

@@ -227,6 +227,28 @@ def _saturates() -> bool:
     return supported is None or not supported()
 
 
+def spread_block(width: int) -> int:
+    """How many neighbouring channels `spread` mixes: the largest power of two that divides `width`, at most 64."""
+    return min(width & -width, 64)
+
+
+def hadamard(size: int) -> Tensor:
+    """The orthonormal Hadamard matrix of a power of two: symmetric, so that it is its own inverse."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix * size**-0.5
+
+
+def spread(x: Tensor, matrix: Tensor) -> Tensor:
+    """Mixes blocks of channels of (..., width) by a Hadamard matrix (block, block). Twice is once too often: it undoes.
+
+    A rotation leaves products and norms as they are if both sides take part, but spreads a channel that is always
+    large over its block, so that 8 bits suffice for activations (Ashkboos et al., QuaRot, 2024).
+    """
+    return x.reshape(-1, matrix.shape[0]).mm(matrix).view(x.shape)
+
+
 class Int8Linear:
     """x Wᵀ + b with int8 weights (a scale per output channel) and 8-bit activations (a scale per row).
 
@@ -235,10 +257,19 @@ class Int8Linear:
     A preceding RMS norm costs next to nothing: its gain goes into the weights, its division onto the output.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None = None, spread_input: bool = False
+    ) -> None:
+        """With `spread_input` the input is spread before it is rounded; the result stays the same but for rounding.
+
+        A product with a norm expects a stream that is spread already, or is not, just as its weight is.
+        """
         weight = weight.detach().float()
         if norm is not None:
             weight = weight * norm.weight.detach().float()
+        self.mixer = hadamard(spread_block(weight.shape[1])) if spread_input else None
+        if self.mixer is not None:
+            weight = spread(weight, self.mixer)
         scale = weight.abs().amax(1).clamp_min(1e-8).double() / 127
         zero = torch.zeros(len(scale), dtype=torch.long)
         with warnings.catch_warnings():  # a deprecation notice: torch is pinned below the release that removes it
@@ -251,6 +282,8 @@ class Int8Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) float32 → (..., out) float32."""
+        if self.mixer is not None:
+            x = spread(x, self.mixer)
         size = None if self.eps is None else root_mean_square(x, self.eps)
         if x.numel() == x.shape[-1]:
             y = self._product(x)
@@ -281,8 +314,16 @@ def compute_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None, precision: Precision, norm: RMSNorm | None = None) -> PackedLinear:
+def pack_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    precision: Precision,
+    norm: RMSNorm | None = None,
+    spread_input: bool = False,
+) -> PackedLinear:
     """Prepares one inference product norm(x) Wᵀ + b from weight (out, in) and bias (out,).
+
+    `spread_input` makes int8 more exact at the cost of one small product; other precisions have no need of it.
 
     Raises:
         ConfigError: unknown precision, or int8 on a device or build without its kernels.
@@ -293,20 +334,25 @@ def pack_linear(weight: Tensor, bias: Tensor | None, precision: Precision, norm:
         return DenseLinear(weight, bias, compute_dtype(precision), norm)
     if weight.device.type != "cpu" or not int8_available():
         raise ConfigError(f"int8 needs an x86 CPU, not {weight.device.type}; choose bf16 or fp32")
-    return Int8Linear(weight, bias, norm)
+    return Int8Linear(weight, bias, norm, spread_input)
 
 
-def pack_module(linears: list[nn.Linear], precision: Precision, norm: RMSNorm | None = None) -> PackedLinear:
-    """Stacks linears that share an input into one product; their outputs follow each other in the last dimension.
-
-    With a norm the product takes what is to be normalised first.
-    """
+def stack_linears(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of linears that share an input, as one: outputs follow each other in the last dimension."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = [linear.bias for linear in linears]
-    zeros = [linear.weight.new_zeros(linear.out_features) for linear in linears]
-    has_bias = any(bias is not None for bias in biases)
-    bias = torch.cat([z if b is None else b.detach() for b, z in zip(biases, zeros, strict=True)]) if has_bias else None
-    return pack_linear(weight, bias, precision, norm)
+    if all(linear.bias is None for linear in linears):
+        return weight, None
+    biases = [
+        weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach() for linear in linears
+    ]
+    return weight, torch.cat(biases)
+
+
+def pack_module(
+    linears: list[nn.Linear], precision: Precision, norm: RMSNorm | None = None, spread_input: bool = False
+) -> PackedLinear:
+    """`pack_linear` of stacked linears. With a norm the product takes what is to be normalised first."""
+    return pack_linear(*stack_linears(linears), precision, norm, spread_input)
 
 
 class Attention(nn.Module):
@@ -341,6 +387,22 @@ class PackedProjections:
     down: PackedLinear
 
 
+def _spread_reading(norm: RMSNorm, linears: list[nn.Linear], matrix: Tensor) -> None:
+    """Rewrites a norm and the linears after it for a spread stream. The gain moves into the weights."""
+    gain = norm.weight.detach().float()
+    for linear in linears:
+        linear.weight = nn.Parameter(spread(linear.weight.detach().float() * gain, matrix), requires_grad=False)
+    norm.weight = nn.Parameter(torch.ones_like(gain), requires_grad=False)
+
+
+def _spread_writing(linear: nn.Linear, matrix: Tensor) -> None:
+    """Rewrites a linear so that its output is spread."""
+    columns = linear.weight.detach().float().T
+    linear.weight = nn.Parameter(spread(columns, matrix).T.contiguous(), requires_grad=False)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(spread(linear.bias.detach().float(), matrix), requires_grad=False)
+
+
 class LlamaLayer(nn.Module):
     """Pre-norm self-attention and gated feed-forward, with grouped key heads and optional biases.
 
@@ -356,19 +418,32 @@ class LlamaLayer(nn.Module):
         self.mlp = MLP(config)
         self.packed: PackedProjections | None = None
 
-    def pack(self, precision: Precision) -> None:
+    def pack(self, precision: Precision, spread_stream: bool = False) -> None:
         """Turns this into an inference layer and frees the original projections. There is no way back.
 
         Feed it activations of `compute_dtype(precision)`.
+
+        Args:
+            precision: of the weights.
+            spread_stream: the layer is to run on `spread` activations, input and output alike (for int8).
         """
         if self.packed is not None:
             return
         attention, mlp = self.self_attn, self.mlp
+        if spread_stream:
+            matrix = hadamard(spread_block(self.config.width)).to(attention.o_proj.weight.device)
+            for norm, reading in (
+                (self.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
+                (self.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
+            ):
+                _spread_reading(norm, reading, matrix)
+            for writing in (attention.o_proj, mlp.down_proj):
+                _spread_writing(writing, matrix)
         self.packed = PackedProjections(
             pack_module([attention.q_proj, attention.k_proj, attention.v_proj], precision, self.input_layernorm),
             pack_module([attention.o_proj], precision),
             pack_module([mlp.gate_proj, mlp.up_proj], precision, self.post_attention_layernorm),
-            pack_module([mlp.down_proj], precision),
+            pack_module([mlp.down_proj], precision, spread_input=True),
         )
         del self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm
 
