@@ -1,6 +1,7 @@
 """SpeechAdapter: encoder frames (50 Hz) → positions at the LLM's width (10 Hz), with a CTC head.
 
-    frames (B, T, 512) → k concatenated (B, T/k, 512·k) → [LayerNorm] → Linear → GELU → Linear → [RMS norm · gain]
+    frames (B, T, 512) → k concatenated (B, T/k, 512·k) → [LayerNorm] → [± context] → Linear → GELU → Linear
+    → [RMS norm · gain]
 
 Two ways to feed the LLM:
 - "frames": every position, VocalNet's form (10 rows a second, keeps prosody);
@@ -29,6 +30,7 @@ class AdapterConfig:
 
     encoder_width: int = 512
     stack: int = 5
+    context: int = 0  # positions on either side that a position also sees
     hidden: int = 1024
     width: int = 576  # of the LLM
     mode: Literal["frames", "collapsed"] = "collapsed"
@@ -57,7 +59,7 @@ class SpeechAdapter(nn.Module):
         self.config = config
         stacked = config.encoder_width * config.stack
         self.norm = nn.LayerNorm(stacked) if config.input_norm else nn.Identity()
-        self.linear1 = nn.Linear(stacked, config.hidden)
+        self.linear1 = nn.Linear(stacked * (1 + 2 * config.context), config.hidden)
         self.linear2 = nn.Linear(config.hidden, config.width)
         self.dropout = nn.Dropout(config.dropout)
         if config.output_norm:
@@ -98,12 +100,22 @@ class SpeechAdapter(nn.Module):
             frames = frames * (torch.arange(length, device=frames.device) < lengths[:, None])[..., None]
         k = self.config.stack
         stacked = F.pad(frames, (0, 0, 0, -length % k)).reshape(batch, -(-length // k), -1)  # (B, T/k, 512·k)
-        hidden = self.linear1(self.norm(stacked.to(self.linear1.weight.dtype)))
+        hidden = self.linear1(self._with_context(self.norm(stacked.to(self.linear1.weight.dtype)), lengths))
         hidden = F.gelu(hidden) if self.config.activation == "gelu" else F.relu(hidden)
         out = self.linear2(self.dropout(hidden))
         if self.config.output_norm:
             out = F.rms_norm(out.float(), (out.shape[-1],), eps=1e-6).to(out.dtype) * self.gain
         return out, (lengths + k - 1) // k
+
+    def _with_context(self, stacked: Tensor, lengths: Tensor) -> Tensor:
+        """(B, P, S) → (B, P, S·(1 + 2·context)): each position between its neighbours, zeros beyond the ends."""
+        context, count = self.config.context, stacked.shape[1]
+        if not context:
+            return stacked
+        ends = (lengths + self.config.stack - 1) // self.config.stack
+        valid = torch.arange(count, device=stacked.device) < ends[:, None]
+        padded = F.pad(stacked * valid[..., None], (0, 0, context, context))
+        return torch.cat([padded[:, i : i + count] for i in range(1 + 2 * context)], dim=-1)
 
     def embeddings(self, frames: Tensor, lengths: Tensor | None = None) -> list[Tensor]:
         """What stands at the prompt's `<speech>`: one (n, width) per sample; n may be 0 if no word was recognised."""

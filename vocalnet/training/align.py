@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from vocalnet.adapter import AdapterConfig, SpeechAdapter
+from vocalnet.checkpoints import base_model
 from vocalnet.config import to_dict
 from vocalnet.errors import CheckpointError, ConfigError, DataError
 from vocalnet.evaluation.accept import is_right, normalise
@@ -347,7 +348,9 @@ class AlignTask:
         if self.model.training and self.config.frame_noise:
             frames = frames + self.config.frame_noise * frames.std() * torch.randn_like(frames)
         hidden, lengths = adapter(frames, batch["lengths"])
-        ctc = adapter.ctc_loss(hidden, lengths, [ids.tolist() for ids in questions[:spoken]])
+        # Validation may hold tokens that no training question has, which CTC could not spell.
+        targets = [ids.tolist() for ids in questions[:spoken]] if self.model.training else []
+        ctc = adapter.ctc_loss(hidden, lengths, targets) if targets else None
         if self.config.phase == "ctc":
             return [], ctc
         return adapter.rows(hidden, lengths) + self._written_rows(questions[spoken:]), ctc
@@ -430,18 +433,14 @@ def _causal(llm: Any) -> Any:
 
 def _llm_folder(name: str) -> Path:
     """A folder as given, or a base model by name."""
-    if Path(name).is_dir():
-        return Path(name)
-    from vocalnet.checkpoints import base_model
-
-    return base_model(name)
+    return Path(name) if Path(name).is_dir() else base_model(name)
 
 
 def _embedding_table(folder: Path) -> Tensor:
     """The LLM's input embeddings without keeping the LLM."""
     from transformers import AutoModelForCausalLM
 
-    llm = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16)
+    llm: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16)
     return llm.get_input_embeddings().weight.detach().clone()
 
 
