@@ -134,7 +134,7 @@ def _accept_all_step(
 def _verified_step(
     decoder: SpeechDecoder, state: SpeechState, sampling: SamplingConfig, generator: torch.Generator | None
 ) -> bool:
-    """Feeds one certain token and its drafts, keeps the drafts that pass and one token more; False if text is missing."""
+    """Feeds a certain token and its drafts, keeps what passes and one token more; False if text is missing."""
     size = min(len(state.newest), _room(decoder, state))
     if size < 1:
         return False

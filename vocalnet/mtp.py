@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -91,13 +92,13 @@ class SequentialMTP(nn.ModuleList, MTPHead):
 
     def hidden_states(self, hidden: Tensor, run: RunLayer, count: int) -> Iterator[Tensor]:
         """See `MTPHead.hidden_states`."""
-        for depth, module in enumerate(list(self)[:count], start=1):
-            hidden = run(module.decoder_layer, hidden, depth)
+        for depth in range(1, count + 1):
+            hidden = run(self._module(depth).decoder_layer, hidden, depth)
             yield hidden
 
     def logits(self, hidden: Tensor, depth: int) -> Tensor:
         """See `MTPHead.logits`."""
-        return self[depth - 1].logits(hidden)
+        return self._module(depth).logits(hidden)
 
     def layer_configs(self) -> list[LayerConfig]:
         """See `MTPHead.layer_configs`."""
@@ -105,5 +106,8 @@ class SequentialMTP(nn.ModuleList, MTPHead):
 
     def pack(self, precision: Precision) -> None:
         """See `MTPHead.pack`."""
-        for module in self:
-            module.pack(precision)
+        for depth in range(1, self.depth + 1):
+            self._module(depth).pack(precision)
+
+    def _module(self, depth: int) -> SequentialModule:
+        return cast(SequentialModule, self[depth - 1])

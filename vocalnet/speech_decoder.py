@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,8 @@ class SpeechDecoderConfig:
 
     `compatible` reproduces the arithmetic of the released checkpoints: text and speech share one position counter,
     and a stream sees all text there is. `speech_position_scale` sets the pace of speech positions against text
-    positions (text rows per speech token), in the first `scaled_heads` heads (all by default); the others count speech rows one by one.
+    positions (text rows per speech token), in the first `scaled_heads` heads (all by default); the others count
+    speech rows one by one.
     """
 
     llm_hidden_size: int
@@ -112,6 +113,11 @@ class SpeechDecoderConfig:
         return LayerConfig(width=self.width, heads=self.heads, ffn=self.ffn, eps=self.eps)
 
 
+def layers_of(modules: nn.ModuleList) -> list[LlamaLayer]:
+    """The same layers, under their own type."""
+    return [cast(LlamaLayer, module) for module in modules]
+
+
 class TextInput(nn.Module):
     """Brings the LLM's rows to the decoder's width.
 
@@ -149,8 +155,8 @@ class TrainingPass:
 class SpeechState:
     """One answer being spoken.
 
-    Every layer has one cache of `max_text + max_speech` rows: text grows to the left of row `max_text` and speech to the
-    right, so that what is visible is always one view, and nothing moves when either grows.
+    Every layer has one cache of `max_text + max_speech` rows: text grows to the left of row `max_text` and speech to
+    the right, so that what is visible is always one view, and nothing moves when either grows.
     """
 
     max_text: int
@@ -272,7 +278,7 @@ class SpeechDecoder(nn.Module):
             return layer(hidden, rotation, masks[depth])
 
         watched = None
-        for index, layer in enumerate(self.decode_layers):
+        for index, layer in enumerate(layers_of(self.decode_layers)):
             if attention is not None and index == attention[0]:
                 watched = self._text_attention(layer, x, rotation, masks[0], text_size, attention[1])
             x = run(layer, x, 0)
@@ -304,7 +310,7 @@ class SpeechDecoder(nn.Module):
 
     def prepare_inference(self, precision: Precision = "fp32") -> None:
         """Fuses and converts the weights for generation. There is no way back to training."""
-        for layer in [*self.encode_layers, *self.decode_layers]:
+        for layer in layers_of(self.encode_layers) + layers_of(self.decode_layers):
             layer.pack(precision)
         self.mtp_layers.pack(precision)
         self.packed_output = pack_module([self.output_proj], precision)
@@ -374,7 +380,7 @@ class SpeechDecoder(nn.Module):
         if size == 0:
             return
         rotation = state.text_rotation.rows(first, first + size)
-        for layer, cache in zip(self.encode_layers, state.projector, strict=True):
+        for layer, cache in zip(layers_of(self.encode_layers), state.projector, strict=True):
             x = layer.step(x, rotation, cache)
         if state.text_rows == 0:
             bos = torch.tensor([[config.bos]], device=x.device)
@@ -391,14 +397,15 @@ class SpeechDecoder(nn.Module):
         if state.streaming or self.config.compatible:
             mask = torch.ones(size, first + size, dtype=torch.bool, device=x.device).triu()
 
-        def run(layer: LlamaLayer, hidden: Tensor, depth: int) -> Tensor:
-            cache = state.heads[depth - 1] if depth else current
-            if depth and self.config.compatible:
-                hidden = x  # the reference prefills every module with the decoder's states (training chains them)
-            return layer.step(hidden, rotation, cache, start, (start, state.max_text), mask)
+        rows = (start, (start, state.max_text), mask)
 
-        for layer, current in zip(self.decode_layers, state.decoder, strict=True):
-            x = run(layer, x, 0)
+        def run(layer: LlamaLayer, hidden: Tensor, depth: int) -> Tensor:
+            if self.config.compatible:
+                hidden = x  # the reference prefills every module with the decoder's states (training chains them)
+            return layer.step(hidden, rotation, state.heads[depth - 1], *rows)
+
+        for layer, cache in zip(layers_of(self.decode_layers), state.decoder, strict=True):
+            x = layer.step(x, rotation, cache, *rows)
         for _ in self.mtp_layers.hidden_states(x, run, state.modules):
             pass
         state.text_rows += size
@@ -425,13 +432,13 @@ class SpeechDecoder(nn.Module):
         rotation = self._speech_rows(state, len(tokens))
         first, mask = self._visible(state, len(tokens), 0)
         row = state.max_text + state.speech_rows
-        for layer, cache in zip(self.decode_layers, state.decoder, strict=True):
+        for layer, cache in zip(layers_of(self.decode_layers), state.decoder, strict=True):
             x = layer.step(x, rotation, cache, row, (first, row + len(tokens)), mask)
         state.steps += 1
         return x
 
     def module_logits(self, hidden: Tensor, state: SpeechState) -> list[Tensor]:
-        """Feeds rows from `feed`, (1, n, width), to the modules; their logits at the last of them, each (vocabulary,)."""
+        """Feeds (1, n, width) from `feed` to the modules; their logits at the last row, each (vocabulary,)."""
         size = hidden.shape[1]
         rotation = self._speech_rows(state, size)
         row = state.max_text + state.speech_rows
@@ -473,7 +480,7 @@ class SpeechDecoder(nn.Module):
         """(B, T, input_size) → (B, 1 + T, width): BOS, then the projected rows. Causal under both masks."""
         rotation = self.text_rotation(torch.arange(text.shape[1], device=text.device))
         x = self.text_input(text)
-        for layer in self.encode_layers:
+        for layer in layers_of(self.encode_layers):
             x = layer(x, rotation, causal=True)
         bos = self.embedding(torch.full((len(lengths), 1), self.config.bos, device=text.device))
         return torch.cat((bos.to(x.dtype), x), 1)

@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ class SpeakTaskConfig:
     init_decoder: Path | None = None  # folder of an exported decoder, to train on
     sentence_prompts: tuple[str, ...] = ("Tell me something.", "What else can you say?", "Please go on.")
     questions_per_answer: int = 3
+    train: Literal["all", "modules"] = "all"  # modules: the rest stays as init_decoder has it
     lr: float = 1e-3
     weight_decay: float = 0.01
     batch_positions: int = 1536  # rows of a batch, padding included; small: steps matter more than smooth gradients
@@ -71,6 +72,8 @@ class SpeakTaskConfig:
         for name in ("streaming_probability", "token_noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
+        if self.train == "modules" and self.init_decoder is None:
+            raise ConfigError("train is 'modules' but init_decoder is not set; give the folder of a trained decoder")
 
 
 @dataclass(frozen=True)
@@ -299,12 +302,14 @@ class SpeakTask:
         torch.manual_seed(seed)
         if config.init_decoder is not None:
             decoder = load_part(SpeechDecoder, SpeechDecoderConfig, config.init_decoder)
-            decoder.requires_grad_(True)
+            decoder.requires_grad_(config.train == "all")
+            decoder.mtp_layers.requires_grad_(True)
         else:
             decoder = SpeechDecoder(config.decoder)
             initialise(decoder)
         phonemes = 1 + max(int(item.phonemes.max()) for item in self.train if len(item.phonemes))
-        self.model = SpeakModel(decoder, max(phonemes, 0) if config.phoneme_weight else 0)
+        auxiliary = config.phoneme_weight and config.train == "all"
+        self.model = SpeakModel(decoder, max(phonemes, 0) if auxiliary else 0)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Weight decay on matrices alone."""
@@ -333,7 +338,8 @@ class SpeakTask:
         if config.module_steps:
             modules = min(modules, step // config.module_steps)
         noisy = [self._noisy(row) for row in batch["tokens"]]
-        guided = (config.guide_layer, config.guide_heads) if config.guide_weight else None
+        auxiliary = config.guide_weight and config.train == "all"
+        guided = (config.guide_layer, config.guide_heads) if auxiliary else None
         result = decoder.training_pass(batch["text"], batch["tokens"], batch["streaming"], modules, noisy, guided)
         loss, losses = token_losses(result, config.decay)
         metrics: dict[str, float | Tensor] = {**losses, "positions": float(len(result.targets[0]))}
@@ -349,7 +355,7 @@ class SpeakTask:
         return loss, metrics
 
     def validate(self) -> dict[str, float]:
-        """Under the streaming mask: CE and accuracy per head, then token error of free generation with K = 0 and all."""
+        """Under the streaming mask: CE and accuracy per head, and token error of free generation with K = 0 and all."""
         metrics = self._teacher_forced()
         for modules in sorted({0, self.model.decoder.config.mtp_modules}):
             metrics[f"token_error_k{modules}"] = self._free_running(modules)
