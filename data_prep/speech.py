@@ -262,7 +262,9 @@ def make_vocoder_targets(data: Path, size: Size, seed: int = 0) -> dict[str, Any
     folder = data / "vocoder_targets"
     if not (folder / "index.json").exists():
         train, _ = answer_rows(data, seed)
-        prepare_targets([row["text"] for row in train], folder, size.vocoder_minutes)
+        hibari: HibariVoice = _voice("hibari", None)
+        texts = [row["text"] for row in train]
+        prepare_targets(texts, folder, size.vocoder_minutes, phonemize=hibari.phonemize)
     index = json.loads((folder / "index.json").read_text())
     hours = index["frames"] * HIBARI_HOP / HIBARI_RATE_HZ / 3600
     return {"samples": len(index["sentences"]), "hours": round(hours, 4)}
