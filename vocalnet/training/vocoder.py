@@ -12,7 +12,7 @@ import io
 import json
 import math
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ PARAMETERS = ("harmonic_magnitude", "harmonic_phase", "free_magnitude", "free_ph
 HARMONIC_FLOOR, FREE_FLOOR, WEIGHT_CEILING = -6.0, -7.0, 4.0  # log magnitudes: below is inaudible
 STFT_SIZES = (2048, 1024, 512, 240)
 TARGETS_FORMAT = 1
+MEL_TOLERANCE = 3  # frames by which a predicted mel may miss its sentence's length: tokens cover whole 40 ms
 
 
 # ------------------------------------------------------------------ data
@@ -50,12 +51,12 @@ def sentence_id(text: str) -> str:
     return hashlib.sha1(text.encode()).hexdigest()[:16]
 
 
-def _synthesise(tts: Any, text: str, hop: int) -> dict[str, np.ndarray]:
-    """Runs the synthesiser on a text, keeping what it predicts: arrays over the text's synthesis frames."""
+def _synthesise(tts: Any, sentences: list[str], hop: int) -> dict[str, np.ndarray]:
+    """Runs the synthesiser on phoneme strings, keeping what it predicts: arrays over the synthesis frames."""
     from hibari import dsp
 
     pieces = []
-    for number, phonemes in enumerate(tts.phonemize(text)):
+    for number, phonemes in enumerate(sentences):
         ids, speed = np.asarray([tts.ids(phonemes)], np.int64), np.asarray([1.0], np.float32)
         lh, theta, ln, lr, phi, f0 = (x[0] for x in tts.sess.run(None, {"ids": ids, "speed": speed}))
         wave = dsp.synth(lh, theta, ln, lr, phi, f0, np.random.default_rng(number))
@@ -72,10 +73,17 @@ def _synthesise(tts: Any, text: str, hop: int) -> dict[str, np.ndarray]:
     return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]} if pieces else {}
 
 
-def prepare_targets(texts: list[str], folder: Path, minutes: float, valid: int = 15) -> None:
-    """Synthesises sentences until `minutes` of speech are stored; the first `valid` are held out.
+def prepare_targets(
+    texts: list[str],
+    folder: Path,
+    minutes: float,
+    valid: int = 15,
+    phonemize: Callable[[str], list[str]] | None = None,
+) -> None:
+    """Synthesises sentences until `minutes` of speech are stored; of every eight the first is held out, `valid` in all.
 
-    Writes raw arrays (frames along the first axis) and, last, index.json. Needs the package hibari-tts.
+    Writes raw arrays (frames along the first axis) and, last, index.json. Needs the package hibari-tts. `phonemize`
+    must be what made the answers' speech (by default hibari's own), so that predicted mels fit frame by frame.
     """
     from hibari import Hibari
 
@@ -85,13 +93,13 @@ def prepare_targets(texts: list[str], folder: Path, minutes: float, valid: int =
     names, frames = ("parameters", "f0", "wave", "pulses"), 0
     files = {name: (folder / f"{name}.bin.part").open("wb") for name in names}
     for text in texts:
-        arrays = _synthesise(tts, text, hop)
+        arrays = _synthesise(tts, (phonemize or tts.phonemize)(text), hop)
         if not arrays:
             continue
         for name in names:
             files[name].write(arrays[name].tobytes())
         count = len(arrays["f0"])
-        split = "valid" if len(index) < valid else "train"
+        split = "valid" if len(index) % 8 == 0 and len(index) < 8 * valid else "train"
         index.append({"id": sentence_id(text), "text": text, "first": frames, "frames": count, "split": split})
         frames += count
         if frames * hop / ANSWER_RATE_HZ > 60 * minutes:
@@ -278,7 +286,9 @@ class VocoderTask:
         if self.config.mels in ("true", "both"):
             mels.append(self.targets.mel(sentence, self.config.model.mel_hop))
         if self.config.mels in ("predicted", "both") and sentence.id in predicted:
-            mels.append(predicted[sentence.id])
+            mel = predicted[sentence.id]
+            if abs(len(mel) - sentence.frames * self.config.model.hop / self.config.model.mel_hop) <= MEL_TOLERANCE:
+                mels.append(mel)
         return mels
 
     def _fit(self, mel: Tensor, sentence: Sentence) -> Tensor:
