@@ -130,8 +130,11 @@ class SpeechAdapter(nn.Module):
     def ctc_logits(self, hidden: Tensor) -> Tensor:
         """(…, T, width) → (…, T, 1 + V) float32; class 0 is the blank."""
         with torch.autocast(hidden.device.type, enabled=False):  # logits reach ±50: bf16 would round them to 0.25
-            classes = torch.cat([self.blank.float()[None], self.table.float()])
-            cosine = F.normalize(hidden.float(), dim=-1) @ F.normalize(classes, dim=-1).T
+            direction = F.normalize(hidden.float(), dim=-1)
+            # Apart from the table, which is frozen: its gradient would cost as much as the whole forward pass.
+            blank = direction @ F.normalize(self.blank.float(), dim=0)
+            words = direction @ F.normalize(self.table.float(), dim=-1).T
+            cosine = torch.cat([blank[..., None], words], dim=-1)
             logits = cosine * (self.ctc_scale.float().abs() * self.config.width**0.5)
             return logits + F.pad(self.blank_bias.float()[None], (0, self.config.vocabulary))
 
