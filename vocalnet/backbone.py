@@ -301,7 +301,8 @@ class ForeignDecoder:
 
     def truncate(self, state: BackboneState, length: int) -> None:
         """Crops transformers' cache."""
-        state.foreign.crop(length)
+        if length < state.length:
+            state.foreign.crop(length - state.length)  # negative: how many to remove
         state.length = length
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ def convert_whisper(source: Path, folder: Path) -> None:
     Raises:
         CheckpointError: a file is missing or broken.
     """
-    from transformers import WhisperFeatureExtractor, WhisperTokenizerFast
+    from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
     for name in ("model.bin", "config.json", "tokenizer.json"):
         if not (source / name).is_file():
@@ -233,5 +233,5 @@ def convert_whisper(source: Path, folder: Path) -> None:
     _generation(config, json.loads((source / "config.json").read_text()), ids).save_pretrained(str(folder))
     WhisperFeatureExtractor(feature_size=config.num_mel_bins).save_pretrained(str(folder))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
-    tokenizer: Any = WhisperTokenizerFast(tokenizer_file=str(source / "tokenizer.json"), **special)
+    tokenizer: Any = WhisperTokenizer(tokenizer_file=str(source / "tokenizer.json"), **special)
     tokenizer.save_pretrained(str(folder))

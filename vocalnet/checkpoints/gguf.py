@@ -67,7 +67,7 @@ def _tensors(reader: Any, config: Any, architecture: str) -> dict[str, Tensor]:
         name = weight_name(entry.name)
         if name is None:
             continue
-        values = np.ascontiguousarray(dequantize(entry.data, entry.tensor_type), dtype=np.float32)
+        values = np.array(dequantize(entry.data, entry.tensor_type), dtype=np.float32)
         weight = torch.from_numpy(values)
         if architecture == "llama" and "q_proj" in name:
             weight = restore_halves(weight, config.num_attention_heads)
