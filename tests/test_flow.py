@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from vocalnet.errors import CheckpointError, ConfigError, DataError, VocalNetError
+from vocalnet.parts import save_part
+from vocalnet.speech_tokenizer import SpeechTokenizer, TokenizerConfig
 from vocalnet.training.flow import FlowTask, FlowTaskConfig, write_predicted_mels
 from vocalnet.vocoder.chunks import chunk_visible
 from vocalnet.vocoder.flow import EstimatorConfig, Flow, FlowConfig, FlowPrompt, TokenEncoderConfig, mini_flow_config
@@ -49,19 +51,19 @@ def prompt(recorded: dict[str, torch.Tensor]) -> FlowPrompt:
     return FlowPrompt(recorded["prompt_tokens"], recorded["prompt_mel"], recorded["speaker"])
 
 
-def tiny_config(**changes) -> FlowConfig:
-    """Mini's structure at a fraction of its size."""
+def tiny_config(kind: str = "convnext", **changes) -> FlowConfig:
+    """Mini's structure at a fraction of its size; also with a conformer, of bounded context and with convolutions."""
     config = mini_flow_config(60, (4, 5, 3))
-    encoder = dataclasses.replace(config.encoder, width=16, heads=2, ffn=16, blocks=1, up_blocks=1)
+    encoder = dataclasses.replace(config.encoder, kind=kind, width=16, heads=2, ffn=16, blocks=1, up_blocks=1)
     estimator = dataclasses.replace(config.estimator, width=16, heads=2, head_width=8, mid_stages=1)
     return dataclasses.replace(
         config, encoder=encoder, estimator=estimator, left_chunks=2, hidden_condition=4, **changes
     )
 
 
-def tiny_flow(**changes) -> Flow:
+def tiny_flow(kind: str = "convnext", **changes) -> Flow:
     """A tiny flow whose estimator does something (its last layer starts at zero)."""
-    flow = Flow(tiny_config(**changes)).eval()
+    flow = Flow(tiny_config(kind, **changes)).eval()
     torch.nn.init.normal_(flow.decoder.estimator.final_proj.weight)
     return flow
 
@@ -99,17 +101,18 @@ def test_official_stream_equals_upstream(official, recorded, prompt, sizes):
     torch.testing.assert_close(mel.transpose(1, 2), recorded["mel_streaming_full"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("length", [1, 5, 7, 8, 52, 53])
-@pytest.mark.parametrize("size", [1, 6, 15])
-def test_mini_stream_equals_offline(length, size):
-    flow = tiny_flow()
+@pytest.mark.parametrize(("length", "size"), [(1, 1), (5, 6), (7, 1), (8, 15), (52, 6), (53, 15)])
+@pytest.mark.parametrize("kind", ["convnext", "conformer"])
+def test_mini_stream_equals_offline(kind, length, size):
+    flow = tiny_flow(kind)
     tokens = torch.randint(60, (1, length))
     sizes = [size] * (-(-length // size))
     torch.testing.assert_close(stream(flow, tokens, sizes), flow.mel(tokens), atol=1e-4, rtol=0)
 
 
-def test_growing_prefix_leaves_frames_unchanged():
-    flow = tiny_flow()
+@pytest.mark.parametrize("kind", ["convnext", "conformer"])
+def test_growing_prefix_leaves_frames_unchanged(kind):
+    flow = tiny_flow(kind)
     tokens = torch.randint(60, (1, 40))
     whole = flow.mel(tokens)
     for count in (13, 23, 38):
@@ -140,8 +143,9 @@ def test_caches_do_not_grow():
     assert state.pending.shape[1] < 8
 
 
-def test_padded_batch_equals_single_utterances():
-    flow = tiny_flow()
+@pytest.mark.parametrize("kind", ["convnext", "conformer"])
+def test_padded_batch_equals_single_utterances(kind):
+    flow = tiny_flow(kind)
     tokens, lengths = torch.randint(60, (2, 31)), torch.tensor([31, 12])
     batch = flow.mel(tokens, lengths=lengths)
     torch.testing.assert_close(batch[:1], flow.mel(tokens[:1]), atol=1e-4, rtol=0)
@@ -293,6 +297,19 @@ def test_task_trains_validates_and_exports(data, tmp_path):
     with tarfile.open(target) as tar:
         shapes = {member.name: np.load(io.BytesIO(tar.extractfile(member).read())).shape for member in tar}
     assert shapes == {"valid0.npy": (16, 80), "valid1.npy": (34, 80)}
+
+
+def test_encoder_starts_from_the_tokenizers_decoder(data, tmp_path):
+    sizes = TokenizerConfig(levels=(4, 5, 3), width=16, hidden=16, token_blocks=1, frame_blocks=1)
+    tokenizer = SpeechTokenizer(sizes).eval()
+    save_part(tokenizer, sizes, tmp_path / "tokenizer")
+    config = FlowTaskConfig(flow=tiny_config(), tokenizer=tmp_path / "tokenizer", lr=2e-3, encoder_lr=1e-4)
+    task = FlowTask(config, data, seed=1)
+    tokens = torch.randint(60, (1, 12))
+    torch.testing.assert_close(task.model.estimate(tokens)[0], tokenizer.decode(tokens[0]), atol=1e-4, rtol=0)
+    assert sorted({group["lr"] for group in task.parameter_groups()}) == [1e-4, 2e-3]
+    with pytest.raises(ConfigError, match="kind convnext"):
+        FlowTask(dataclasses.replace(config, flow=tiny_config("conformer")), data, seed=1)
 
 
 def test_task_says_what_is_missing(data, tmp_path):

@@ -22,6 +22,8 @@ from rich.progress import track
 from torch import Tensor
 
 from vocalnet.errors import ConfigError, DataError
+from vocalnet.parts import load_part
+from vocalnet.speech_tokenizer import SpeechTokenizer, TokenizerConfig
 from vocalnet.vocoder.flow import Flow, FlowConfig
 
 
@@ -38,7 +40,9 @@ class FlowTaskConfig:
     streaming_share: float = 1.0  # share of batches under the chunked masks; the rest sees whole utterances
     corrupt_share: float = 0.04  # tokens replaced by random ones, so that the decoder's mistakes are not new
     validation_utterances: int = 32
+    encoder_lr: float | None = None  # of the token encoder; None: as lr
     initial: Path | None = None  # folder of a trained flow to start from
+    tokenizer: Path | None = None  # folder of the speech tokenizer: a convnext encoder starts from its decoder
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,28 @@ def _collate(utterances: list[Utterance]) -> dict[str, Tensor]:
     }
 
 
+def start_from_tokenizer(flow: Flow, folder: Path) -> None:
+    """Copies the train-time decoder of a speech tokenizer, and its mel statistics, into the flow's encoder.
+
+    Raises:
+        ConfigError: the flow's encoder has another structure.
+    """
+    tokenizer = load_part(SpeechTokenizer, TokenizerConfig, folder)
+    places = {"embed": "input_embedding", "output": "encoder_proj"}
+    state = {"mel_mean": tokenizer.mel_mean, "mel_std": tokenizer.mel_std}
+    for name, tensor in tokenizer.decoder.state_dict().items():
+        part, _, rest = name.partition(".")
+        state[f"{places.get(part, f'encoder.{part}')}.{rest}"] = tensor
+    own = flow.state_dict()
+    wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
+    if wrong:
+        raise ConfigError(
+            f"the decoder in {folder} does not fit options.flow ({', '.join(wrong[:3])}, …); it needs normalise_mel, "
+            f"token_levels {list(tokenizer.config.levels)} and an encoder of kind convnext with the tokenizer's sizes"
+        )
+    flow.load_state_dict(state, strict=False)
+
+
 class FlowTask:
     """Flow matching on sentences of one voice, tokens and mels read from the prepared data into memory."""
 
@@ -115,24 +141,34 @@ class FlowTask:
         if largest >= config.flow.tokens:
             raise ConfigError(f"the data hold token {largest}, but options.flow.tokens is {config.flow.tokens}")
         torch.manual_seed(seed)
-        self.model = Flow(config.flow) if config.initial is None else Flow.from_folder(config.initial)
+        self.model = (
+            Flow(config.flow) if config.initial is None else Flow.from_folder(config.initial).requires_grad_(True)
+        )
         if self.model.config != config.flow:
             raise ConfigError(f"the flow in {config.initial} and options.flow differ in configuration; make them equal")
-        if config.flow.normalise_mel and config.initial is None:
+        if config.tokenizer is not None and config.initial is None:
+            start_from_tokenizer(self.model, config.tokenizer)
+        elif config.flow.normalise_mel and config.initial is None:
             frames = torch.cat([utterance.mel for utterance in self.train[:2000]]).float()
             self.model.mel_mean.copy_(frames.mean(dim=0))
             self.model.mel_std.copy_(frames.std(dim=0).clamp(min=1e-3))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One decayed group of matrices, one undecayed group of everything else."""
-        named = list(self.model.named_parameters())
-        matrices = [p for name, p in named if p.ndim >= 2 and "embedding" not in name]
-        others = [p for name, p in named if p.ndim < 2 or "embedding" in name]
-        shared = {"lr": self.config.lr, "betas": self.config.betas}
-        return [
-            {"params": matrices, "weight_decay": self.config.weight_decay, "name": "matrices", **shared},
-            {"params": others, "weight_decay": 0.0, "name": "others", **shared},
-        ]
+        """Token encoder and estimator, each with its decayed matrices and its undecayed rest."""
+        config = self.config
+        encoder_lr = config.lr if config.encoder_lr is None else config.encoder_lr
+        groups = []
+        for part, lr in (("encoder", encoder_lr), ("estimator", config.lr)):
+            for kind, decay in (("matrices", config.weight_decay), ("rest", 0.0)):
+                parameters = [
+                    parameter
+                    for name, parameter in self.model.named_parameters()
+                    if name.startswith(("encoder", "input_embedding")) == (part == "encoder")
+                    and (parameter.ndim >= 2 and not name.startswith("input_embedding")) == (kind == "matrices")
+                ]
+                group = {"params": parameters, "lr": lr, "betas": config.betas, "weight_decay": decay}
+                groups.append({**group, "name": f"{part} {kind}"})
+        return [group for group in groups if group["params"]]
 
     def _crop(self, utterance: Utterance, generator: torch.Generator) -> Utterance:
         """At most `max_utterance_tokens` tokens, from a random place."""

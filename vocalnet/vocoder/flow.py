@@ -7,21 +7,25 @@ caches for every layer and every Euler step, so that a chunk costs the same howe
 from __future__ import annotations
 
 import functools
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vocalnet.config import from_dict, to_dict
-from vocalnet.errors import CheckpointError, ConfigError, VocalNetError
+from vocalnet.errors import ConfigError, VocalNetError
+from vocalnet.parts import load_part, save_part
 from vocalnet.vocoder.chunks import Ring, Span, offline_span
 from vocalnet.vocoder.estimator import Estimator, EstimatorConfig, EstimatorState
-from vocalnet.vocoder.token_encoder import TokenEncoder, TokenEncoderConfig, TokenEncoderState
+from vocalnet.vocoder.token_encoder import (
+    ConvTokenEncoder,
+    ConvTokenEncoderState,
+    TokenEncoder,
+    TokenEncoderConfig,
+    TokenEncoderState,
+)
 
 _OFFICIAL_NOISE_FRAMES = 50 * 300  # CosyVoice2 draws its noise once, for 300 s
 _NOISE_BLOCK_FRAMES = 64
@@ -32,7 +36,7 @@ class FlowConfig:
     """Sizes and sampling of the flow; the defaults are CosyVoice2-0.5B's, `mini_flow_config` is mini's."""
 
     tokens: int = 6561
-    token_levels: tuple[int, ...] = ()  # FSQ levels, least significant first: adds a projection of the code's digits
+    token_levels: tuple[int, ...] = ()  # FSQ levels, least significant first: tokens are embedded by their digits
     mel_bins: int = 80
     frames_per_token: int = 2
     chunk_tokens: int = 25
@@ -67,14 +71,14 @@ class FlowConfig:
 
 
 def mini_flow_config(tokens: int, token_levels: tuple[int, ...] = ()) -> FlowConfig:
-    """The small configuration: one voice, chunks of 0.2 s, convolutions in the blocks, four steps without guidance."""
+    """The small configuration: one voice, chunks of 0.2 s, a convolutional encoder, four steps without guidance."""
     return FlowConfig(
         tokens=tokens,
         token_levels=token_levels,
         chunk_tokens=5,
         left_chunks=20,
         encoder=TokenEncoderConfig(
-            width=256, heads=4, ffn=512, blocks=2, up_blocks=2, lookahead=3, conv_kernel=7, scale_input=False
+            kind="convnext", width=256, ffn=512, blocks=3, up_blocks=3, lookahead=3, conv_kernel=7
         ),
         estimator=EstimatorConfig(
             width=128, heads=4, head_width=32, transformer_blocks=1, mid_stages=2, activation="silu"
@@ -83,7 +87,7 @@ def mini_flow_config(tokens: int, token_levels: tuple[int, ...] = ()) -> FlowCon
         prompt=False,
         hidden_condition=80,
         normalise_mel=True,
-        residual_scale=0.15,
+        residual_scale=0.1,
         steps=4,
         guidance=0.0,
         guidance_drop=0.0,
@@ -109,7 +113,7 @@ class FlowState:
     pending: Tensor  # (1, tokens not consumed yet)
     token_ring: Ring
     frame_ring: Ring
-    encoder: TokenEncoderState
+    encoder: TokenEncoderState | ConvTokenEncoderState
     estimator: list[EstimatorState]
     time: list[Tensor]  # time embedding of each Euler step
     prompt_mel: Tensor | None  # (1, prompt frames, bins)
@@ -144,10 +148,13 @@ class Flow(nn.Module):
         super().__init__()
         self.config = config
         width, bins = config.encoder.width, config.mel_bins
-        self.input_embedding = nn.Embedding(config.tokens, width)
-        self.level_projection = nn.Linear(len(config.token_levels), width, bias=False) if config.token_levels else None
+        if config.token_levels:
+            self.input_embedding: nn.Module = nn.Sequential(nn.Linear(len(config.token_levels), width), nn.GELU())
+        else:
+            self.input_embedding = nn.Embedding(config.tokens, width)
         self.spk_embed_affine_layer = nn.Linear(config.speaker_width, bins) if config.speaker_width else None
-        self.encoder = TokenEncoder(config.encoder, config.frames_per_token)
+        encoder = ConvTokenEncoder if config.encoder.kind == "convnext" else TokenEncoder
+        self.encoder = encoder(config.encoder, config.frames_per_token)
         self.encoder_proj = nn.Linear(width, bins)
         self.hidden_proj = nn.Linear(width, config.hidden_condition) if config.hidden_condition else None
         extra = config.hidden_condition + bins * (bool(config.speaker_width) + config.prompt)
@@ -161,40 +168,24 @@ class Flow(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path) -> Flow:
-        """Loads config.json and model.safetensors, in evaluation mode.
-
-        Raises:
-            CheckpointError: a file is missing, or the weights do not fit the configuration.
-        """
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise CheckpointError(f"no {name} in {folder}; give the folder of a trained flow")
-        flow = cls(from_dict(FlowConfig, json.loads((folder / "config.json").read_text()), str(folder / "config.json")))
-        try:
-            flow.load_state_dict(load_file(folder / "model.safetensors"))
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder} does not fit its config.json: {' '.join(str(error).split())}") from error
-        return flow.eval()
+        """The flow of a folder that `save` wrote, frozen, in evaluation mode; see `vocalnet.parts.load_part`."""
+        return load_part(cls, FlowConfig, folder)
 
     def save(self, folder: Path) -> None:
-        """Writes config.json and model.safetensors into an existing folder."""
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors"
-        )
-        (folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+        """Writes config.json and model.safetensors."""
+        save_part(self, self.config, folder)
 
     # --- shared by training, whole utterances and streams -----------------------------------------------------------
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) → (B, T, width)."""
-        embedded = self.input_embedding(tokens)
-        if self.level_projection is None:
-            return embedded
+        if not self.config.token_levels:
+            return self.input_embedding(tokens)
         digits, rest = [], tokens
         for levels in self.config.token_levels:
             digits.append((rest % levels) * (2.0 / (levels - 1)) - 1.0)
             rest = rest // levels
-        return embedded + self.level_projection(torch.stack(digits, dim=-1).to(embedded.dtype))
+        return self.input_embedding(torch.stack(digits, dim=-1).to(self.encoder_proj.weight.dtype))
 
     def _normalise(self, mel: Tensor) -> Tensor:
         return (mel - self.mel_mean) / self.mel_std if self.config.normalise_mel else mel
@@ -431,9 +422,11 @@ class Flow(nn.Module):
             inside = torch.arange(frames, device=mel.device)[None] < lengths[:, None] * config.frames_per_token
             counted = inside[..., None].float()
         hidden, span = self._encode(tokens, lengths, streaming)
-        estimate, conditions = self._conditions(hidden, speaker, self._training_prompt(target))
         total = counted.sum() * config.mel_bins
-        prior = ((estimate.float() - target).abs() * counted).sum() / total
+        prior = ((self.encoder_proj(hidden).float() - target).abs() * counted).sum() / total
+        if config.residual_scale:  # the encoder learns from its own loss alone, the estimator what that leaves over
+            hidden = hidden.detach()
+        estimate, conditions = self._conditions(hidden, speaker, self._training_prompt(target))
         if config.residual_scale:
             target = (target - estimate.detach().float()) / config.residual_scale
         if config.guidance_drop:

@@ -8,20 +8,18 @@ equal the offline waveform, at the price of twenty frames of latency; nothing is
 from __future__ import annotations
 
 import functools
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from vocalnet.config import from_dict, to_dict
-from vocalnet.errors import CheckpointError, VocalNetError
+from vocalnet.errors import VocalNetError
+from vocalnet.parts import load_part, save_part
 
 _NOISE_BLOCK_FRAMES = 16
 
@@ -311,28 +309,14 @@ class HiFT(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path) -> HiFT:
-        """Loads config.json and model.safetensors, in evaluation mode with weight normalisation folded.
-
-        Raises:
-            CheckpointError: a file is missing, or the weights do not fit the configuration.
-        """
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise CheckpointError(f"no {name} in {folder}; give the folder of a HiFT vocoder")
-        hift = cls(from_dict(HiFTConfig, json.loads((folder / "config.json").read_text()), str(folder / "config.json")))
-        try:
-            hift.load_state_dict(load_file(folder / "model.safetensors"))
-        except RuntimeError as error:
-            raise CheckpointError(f"{folder} does not fit its config.json: {' '.join(str(error).split())}") from error
+        """The vocoder of a folder that `save` wrote, in evaluation mode with weight normalisation folded."""
+        hift = load_part(cls, HiFTConfig, folder)
         hift.fold_weight_norm()
-        return hift.eval()
+        return hift
 
     def save(self, folder: Path) -> None:
-        """Writes config.json and model.safetensors into an existing folder, before `fold_weight_norm`."""
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "model.safetensors"
-        )
-        (folder / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+        """Writes config.json and model.safetensors; before `fold_weight_norm`, which changes the names."""
+        save_part(self, self.config, folder)
 
     def fold_weight_norm(self) -> None:
         """Replaces normalised weights by plain ones, for inference."""

@@ -1,31 +1,37 @@
-"""Speech tokens (25 Hz) → frame-rate conditioning (50 Hz): CosyVoice2's up-sampling conformer, offline or in chunks.
+"""Speech tokens (25 Hz) → frame-rate conditioning (50 Hz), offline or in chunks.
 
-Parameter names and arithmetic are upstream's (`flow.encoder.*`), so that the released weights load.
+`TokenEncoder` is CosyVoice2's up-sampling conformer; its parameter names and arithmetic are upstream's
+(`flow.encoder.*`), so that the released weights load. `ConvTokenEncoder` is a causal ConvNeXt with the same interface
+and the structure of the speech tokenizer's train-time decoder, whose weights it can start from.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vocalnet.errors import ConfigError
 from vocalnet.vocoder.chunks import CausalConv1d, KeyValueRing, Ring, Span
+from vocalnet.vocoder.convnext import ConvNeXtBlock, Trunk
 
 
 @dataclass(frozen=True)
 class TokenEncoderConfig:
-    """Sizes of the token encoder; the defaults are CosyVoice2's."""
+    """Sizes of the token encoder; the defaults are CosyVoice2's. `convnext` ignores heads, scale_input and dropout."""
 
+    kind: Literal["conformer", "convnext"] = "conformer"
     width: int = 512
     heads: int = 8
     ffn: int = 2048
     blocks: int = 6
     up_blocks: int = 4
     lookahead: int = 3  # tokens
-    conv_kernel: int = 0  # rows of the causal depthwise convolution in each block; 0: none, as in CosyVoice2
+    conv_kernel: int = 0  # rows of the depthwise convolution in each block; 0: none, as in CosyVoice2 (conformer only)
     scale_input: bool = True  # multiply the embedded rows by √width, as upstream does
     dropout: float = 0.0
 
@@ -268,4 +274,76 @@ class TokenEncoder(nn.Module):
             key_features = ring[: span.filled]
         for index, block in enumerate(blocks):
             x = block(x, features, key_features, span, None if states is None else states[index])
+        return x
+
+
+@dataclass
+class ConvTokenEncoderState:
+    """A stream: past rows of every convolution."""
+
+    past: Tensor  # (B, kernel - 1 - lookahead, width), before the first convolution
+    contexts: list[Tensor]  # token rate
+    up_contexts: list[Tensor]  # frame rate
+
+
+class ConvTokenEncoder(nn.Module):
+    """Token embeddings (B, T, width) → (B, ratio · T, width) by causal ConvNeXt blocks.
+
+    Only the first convolution looks ahead, so that a frame depends on its own token, the `lookahead` next ones and
+    earlier ones; chunks do not matter here.
+    """
+
+    def __init__(self, config: TokenEncoderConfig, ratio: int = 2) -> None:
+        super().__init__()
+        self.config, self.ratio = config, ratio
+        width, kernel = config.width, config.conv_kernel
+        if kernel <= config.lookahead:
+            raise ConfigError(
+                f"encoder conv_kernel is {kernel}; a convnext needs more than its lookahead {config.lookahead}"
+            )
+        self.trunk = Trunk(width, width, config.blocks, config.ffn, kernel, config.lookahead)
+        self.upsample = nn.Linear(width, ratio * width)
+        self.blocks = nn.ModuleList([ConvNeXtBlock(width, config.ffn, kernel) for _ in range(config.up_blocks)])
+        self.norm = nn.LayerNorm(width)
+
+    def init_state(self, batch: int, token_ring: Ring, frame_ring: Ring) -> ConvTokenEncoderState:
+        """Zeros for a new stream; the rings do not matter here."""
+        like, reach = self.norm.weight, self.config.conv_kernel - 1
+        contexts = [like.new_zeros(batch, reach, self.config.width) for _ in range(self.config.blocks)]
+        up_contexts = [like.new_zeros(batch, reach, self.config.width) for _ in range(self.config.up_blocks)]
+        return ConvTokenEncoderState(
+            like.new_zeros(batch, self.trunk.input.past, self.config.width), contexts, up_contexts
+        )
+
+    def forward(
+        self,
+        embedded: Tensor,
+        ahead: Tensor,
+        token_span: Span,
+        frame_span: Span,
+        lengths: Tensor | None = None,
+        state: ConvTokenEncoderState | None = None,
+    ) -> Tensor:
+        """As `TokenEncoder.forward`; the spans do not matter here."""
+        rows = embedded.shape[1]
+        x = torch.cat([embedded, ahead], dim=1)
+        if lengths is not None:  # what follows an utterance's end counts as zero, padded or not
+            x = x * (torch.arange(x.shape[1], device=x.device)[None] < lengths[:, None])[..., None]
+        past = x.new_zeros(len(x), self.trunk.input.past, x.shape[2]) if state is None else state.past
+        x = torch.cat([past, x], dim=1)
+        if state is not None:
+            state.past = x[:, rows : rows + past.shape[1]]
+        x = F.pad(x, (0, 0, 0, self.config.lookahead - ahead.shape[1]))
+        x = self.trunk.input_norm(self.trunk.input.conv(x.transpose(1, 2)).transpose(1, 2))  # (B, rows, width)
+        x = self.trunk.norm(self._run(self.trunk.blocks, x, None if state is None else state.contexts))
+        x = self.upsample(x).unflatten(2, (self.ratio, -1)).flatten(1, 2)
+        return self.norm(self._run(self.blocks, x, None if state is None else state.up_contexts))
+
+    @staticmethod
+    def _run(blocks: nn.ModuleList, x: Tensor, contexts: list[Tensor] | None) -> Tensor:
+        for index, block in enumerate(blocks):
+            if contexts is None:
+                x = block(x)
+            else:
+                x, contexts[index] = block.step(x, contexts[index])  # type: ignore[operator]
         return x
