@@ -76,7 +76,9 @@ def tiny_model(seed=0, **generation):
             }
         )
     )
-    vocoder = SourceFilterVocoder(SourceFilterConfig(width=32, blocks=2, hidden=48, f0_width=16, f0_blocks=1, f0_hidden=16))
+    vocoder = SourceFilterVocoder(
+        SourceFilterConfig(width=32, blocks=2, hidden=48, f0_width=16, f0_blocks=1, f0_hidden=16)
+    )
     settings = GenerationConfig(**{"max_text_tokens": 24, "precision": "fp32", **generation})
     return VocalNet(
         VocalNetConfig("tiny", "none", "none", generation=settings),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from vocalnet.errors import VocalNetError
+
+if TYPE_CHECKING:
+    from vocalnet.session import Session
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -54,14 +58,13 @@ def chat(
         raise typer.Exit(2)
 
 
-def load_session(model: str, mtp: int | None, decoding: str | None, seed: int):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def load_session(model: str, mtp: int | None, decoding: str | None, seed: int) -> Session:
     """A session with the generation settings that were given."""
-    from dataclasses import replace
-
     from vocalnet.model import VocalNet
 
     loaded = VocalNet.load(model)
-    changes = {key: value for key, value in (("mtp", mtp), ("decoding", decoding)) if value is not None}
+    given: dict[str, Any] = {"mtp": mtp, "decoding": decoding}
+    changes = {key: value for key, value in given.items() if value is not None}
     return loaded.session(seed, replace(loaded.config.generation, **changes))
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from vocalnet.adapter import AdapterConfig, SpeechAdapter
 from vocalnet.backbone import Backbone
@@ -26,6 +25,7 @@ from vocalnet.parts import CONFIG_FILE, load_part, read_json
 from vocalnet.prompt import ChatPrompt
 from vocalnet.sampling import SamplingConfig
 from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.vocoder import Vocoder
 from vocalnet.vocoder.flow import Flow, FlowConfig
 from vocalnet.vocoder.hift import HiFT, HiFTConfig
 from vocalnet.vocoder.source_filter import SourceFilterConfig, SourceFilterVocoder
@@ -103,7 +103,7 @@ class VocalNet:
         prompt: ChatPrompt,
         speech_decoder: SpeechDecoder,
         flow: Flow,
-        vocoder: nn.Module,
+        vocoder: Vocoder,
     ) -> None:
         self.config = config
         self.encoder = encoder
