@@ -61,7 +61,7 @@ train align_text
 train align_ctc
 train align "options.init_adapter=$RUNS/align_ctc/adapter" "options.init_lora=$RUNS/align_text/lora"
 prepare answer_tokens --tokenizer "$RUNS/tokenizer"
-train flow
+train flow "options.tokenizer=$RUNS/tokenizer"
 train speak "options.lora=$RUNS/align/lora"
 prepare predicted_mels --flow "$RUNS/flow"
 train vocoder_finetune "options.start=$RUNS/vocoder"
