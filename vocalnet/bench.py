@@ -87,8 +87,7 @@ def latency(model: VocalNet, questions: list[Path], repeats: int) -> dict[str, A
         for question in questions:
             samples = check_question(read_audio(question, QUESTION_RATE_HZ), QUESTION_RATE_HZ)
             session = model.session(seed=index)
-            session.push_audio(samples, QUESTION_RATE_HZ)
-            session._drop_prepared()  # a file has no pause to work ahead in: count everything
+            session.push_audio(samples, QUESTION_RATE_HZ, work_ahead=False)
             summary, late = _ask(session)
             if index:
                 summaries.append(summary)

@@ -106,7 +106,7 @@ def chat_files(session: Session, inputs: list[Path], output: Output) -> int:
         echo = None if output.json_lines else sys.stdout
         try:
             samples = check_question(read_audio(question, QUESTION_RATE_HZ), QUESTION_RATE_HZ)
-            session.push_audio(samples, QUESTION_RATE_HZ)
+            session.push_audio(samples, QUESTION_RATE_HZ, work_ahead=False)
             with _sink(path) as sink:
                 summary = answer_into(session, sink, echo)
         except VocalNetError as error:

@@ -116,8 +116,14 @@ class Session:
 
     # ---- listening ----
 
-    def push_audio(self, samples: np.ndarray, rate_hz: int) -> None:
+    def push_audio(self, samples: np.ndarray, rate_hz: int, work_ahead: bool = True) -> None:
         """Adds (n,) samples of the speaker's voice, any n; works ahead when the speaker pauses.
+
+        Args:
+            samples: (n,) mono, full scale at 1.
+            rate_hz: the same for all pieces of a turn.
+            work_ahead: False for a recording given at once: there is no pause to use, so that the time from the end of
+                the question to the first sound counts all the work.
 
         Raises:
             AudioError: bad samples, a rate that changes within the turn, or a question over 30 s (the turn is dropped).
@@ -130,7 +136,7 @@ class Session:
             raise
         if self._prepared and self._prepared.end != self._listener.end:
             self._drop_prepared()
-        if self._listener.paused and self._prepared is None:
+        if work_ahead and self._listener.paused and self._prepared is None:
             self._prepare()
 
     @property

@@ -88,7 +88,7 @@ def ask(
 ) -> tuple[np.ndarray, Summary]:
     """One question in a fresh conversation: waveform (N,) at 24 kHz and summary."""
     session = model.session(seed, generation)
-    session.push_audio(samples, QUESTION_RATE_HZ)
+    session.push_audio(samples, QUESTION_RATE_HZ, work_ahead=False)
     pieces = list(session.respond())
     chunks = [piece.samples for piece in pieces if isinstance(piece, AudioChunk)]
     summary = pieces[-1]
