@@ -11,10 +11,14 @@ trained by regression to them and needs no discriminator. F0 comes from a small 
 Timing: mel frame i is centred at sample 480 i + 240, synthesis frame k at sample 300 k. The trunk looks `lookahead`
 synthesis frames ahead; the F0 network two fewer, because a source STFT frame reaches two F0 frames into the future:
 both outputs arrive together.
+
+The pulses' phase adds up F0 over the whole stream, so rounding errors of F0 would add up as well and make chunked and
+offline synthesis drift apart (and bfloat16 be out of tune): when synthesising, F0 is computed in float64.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -105,19 +109,19 @@ def pulse_train(f0_hz: Tensor, cycles: Tensor, hop: int, sample_rate: int) -> tu
     Returns:
         Pulses (B, T·hop) float32 and the phase at their end.
     """
-    frequency = interpolate_f0(f0_hz.float(), hop)
+    frequency = interpolate_f0(f0_hz.double(), hop)
     voiced = frequency > VOICED_HZ
     frequency = frequency.clamp(min=VOICED_HZ)
-    phase = cycles[:, None] + frequency.double().cumsum(1) / sample_rate
+    phase = cycles[:, None] + frequency.cumsum(1) / sample_rate
     if phase.shape[1]:
         cycles = phase[:, -1] % 1.0
-    angle = ((phase % 1.0) * (2 * math.pi)).float()
+    angle = (phase % 1.0) * (2 * math.pi)
     order = torch.floor(HIGHEST_HARMONIC_HZ / frequency) + 0.5
     denominator = 2 * torch.sin(angle * 0.5)
     singular = denominator.abs() <= 2e-3  # the limit at t → 0 is H + ½
     ratio = torch.sin(order * angle) / torch.where(singular, torch.ones_like(denominator), denominator)
     pulses = torch.where(singular, order, ratio) - 0.5
-    return pulses * voiced, cycles
+    return (pulses * voiced).float(), cycles
 
 
 def frame_spectra(padded: Tensor, window: Tensor, hop: int) -> Tensor:
@@ -165,12 +169,10 @@ def resample_mel(mel: Tensor, first: int, count: int, start: int, config: Source
     Args:
         mel: (B, T, bins), mel frames start … start + T − 1; positions outside are clamped to them.
     """
-    frames = torch.arange(first, first + count, device=mel.device, dtype=torch.float32)
-    position = (config.hop * frames - config.mel_hop / 2) / config.mel_hop - start
-    position = position.clamp(0, mel.shape[1] - 1)
-    low = position.floor().long()
-    high = (low + 1).clamp(max=mel.shape[1] - 1)
-    weight = (position - low)[:, None].to(mel.dtype)
+    samples = config.hop * torch.arange(first, first + count, device=mel.device) - config.mel_hop // 2
+    low = samples // config.mel_hop  # whole numbers: the weights do not depend on where a chunk starts
+    weight = ((samples - low * config.mel_hop).float() / config.mel_hop)[:, None].to(mel.dtype)
+    low, high = ((index - start).clamp(0, mel.shape[1] - 1) for index in (low, low + 1))
     return mel[:, low] * (1 - weight) + mel[:, high] * weight
 
 
@@ -204,7 +206,7 @@ class SourceFilterState:
     resampled: int  # synthesis frames interpolated so far
     trunk: list[Tensor]
     f0_trunk: list[Tensor]
-    f0_hz: Tensor  # (B, ≤ 2): the frames round the next pulses; empty before the first
+    f0_hz: Tensor  # (B, ≤ 2) float64: the frames round the next pulses; empty before the first
     cycles: Tensor  # (B,) float64: phase of the pulse train
     pulses: Tensor  # (B, ≤ window): pulses that coming source frames reach back to
     signal: Tensor  # (B, 3, hop): overlap not yet complete
@@ -227,6 +229,7 @@ class SourceFilterVocoder(nn.Module):
         self.f0_trunk = Trunk(c.mel_bins, c.f0_width, c.f0_blocks, c.f0_hidden, c.kernel, c.lookahead - 2)
         self.f0_head = nn.Linear(c.f0_width, 2)
         self.register_buffer("window", synthesis_window(c.window), persistent=False)
+        self._precise: tuple[list[tuple[int, int]], Trunk, nn.Linear] | None = None
         with torch.no_grad():  # start quiet: both magnitudes near exp(-2)
             self.head.weight *= 0.5
             self.head.bias[: c.bins] = -2
@@ -255,6 +258,21 @@ class SourceFilterVocoder(nn.Module):
         log_f0, voiced = self.f0_head(hidden).float().unbind(-1)
         return log_f0 * LOG_F0_SCALE + LOG_F0_MEAN, voiced
 
+    def _precise_f0(self) -> tuple[Trunk, nn.Linear]:
+        """The F0 network in float64, copied again whenever its weights have changed."""
+        weights = [*self.f0_trunk.parameters(), *self.f0_head.parameters()]
+        version = [(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        if self._precise is None or self._precise[0] != version:
+            self._precise = (version, copy.deepcopy(self.f0_trunk).double(), copy.deepcopy(self.f0_head).double())
+        return self._precise[1:]
+
+    def _f0_step(self, frames: Tensor, state: SourceFilterState, final: bool) -> Tensor:
+        """Normalised frames (B, n, 80) → F0 in Hz (B, m) float64, 0 where unvoiced."""
+        trunk, head = self._precise_f0()
+        hidden, state.f0_trunk = trunk.step(frames.double(), state.f0_trunk, final)
+        log_f0, voiced = head(hidden).unbind(-1)
+        return torch.where(voiced > 0, (log_f0 * LOG_F0_SCALE + LOG_F0_MEAN).exp(), 0.0)
+
     def synthesis_frames(self, mel_frames: int) -> int:
         """Synthesis frames that cover `mel_frames` mel frames."""
         return -(-mel_frames * self.config.mel_hop // self.config.hop)
@@ -277,8 +295,8 @@ class SourceFilterVocoder(nn.Module):
             mel_frames=0,
             resampled=0,
             trunk=self.trunk.init_state(batch, device, dtype),
-            f0_trunk=self.f0_trunk.init_state(batch, device, dtype),
-            f0_hz=empty(batch, 0),
+            f0_trunk=self.f0_trunk.init_state(batch, device, torch.float64),
+            f0_hz=torch.zeros(batch, 0, device=device, dtype=torch.float64),
             cycles=torch.zeros(batch, device=device, dtype=torch.float64),
             pulses=empty(batch, c.window // 2),
             signal=empty(batch, overlap, c.hop),
@@ -300,9 +318,7 @@ class SourceFilterVocoder(nn.Module):
         """
         frames = self._normalise(self._resample_step(mel.to(state.mel.dtype), state, final))
         hidden, state.trunk = self.trunk.step(frames, state.trunk, final)
-        f0_hidden, state.f0_trunk = self.f0_trunk.step(frames, state.f0_trunk, final)
-        log_f0, voiced = self._f0(f0_hidden)
-        source = self._source_step(torch.where(voiced > 0, log_f0.exp(), 0.0), state, final)
+        source = self._source_step(self._f0_step(frames, state, final), state, final)
         spectra = self._split_head(hidden).spectra(source[:, : hidden.shape[1]])
         return self._overlap_step(spectra, state, final), state
 
