@@ -87,8 +87,7 @@ def report(name: str, path: Path | None, summary: Summary, json_lines: bool) -> 
     values = asdict(summary)
     record = {"input": name, "text": values.pop("text"), "audio": None if path is None else str(path), **values}
     if json_lines:
-        order = "input text audio audio_s first_audio_ms total_ms rtf speech_tokens tokens_per_step stages_ms".split()
-        print(json.dumps({key: record[key] for key in order}), flush=True)
+        print(json.dumps({key: record[key] for key in ("input", "text", "audio", *values)}), flush=True)
         return
     place = f" → {path}" if path else ""
     print(f"\n  first audio {summary.first_audio_ms:.0f} ms, {summary.audio_s:.1f} s of speech{place}", flush=True)

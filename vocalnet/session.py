@@ -52,9 +52,9 @@ class Summary:
 
     Attributes:
         text: the whole answer.
+        audio_s: duration of the answer.
         first_audio_ms: from the call of `respond` to the first waveform chunk.
         total_ms: from the call of `respond` to the end.
-        audio_s: duration of the answer.
         rtf: seconds of work per second of audio.
         speech_tokens: 25 per second.
         tokens_per_step: speech tokens per step of the speech decoder.
@@ -62,9 +62,9 @@ class Summary:
     """
 
     text: str
+    audio_s: float
     first_audio_ms: float
     total_ms: float
-    audio_s: float
     rtf: float
     speech_tokens: int
     tokens_per_step: float
@@ -336,9 +336,9 @@ class _Answer:
         audio_s = speaker.samples / ANSWER_RATE_HZ
         return Summary(
             text=self.shown,
+            audio_s=round(audio_s, 3),
             first_audio_ms=round(self.first_audio_ms, 1),
             total_ms=round(1000 * total_s, 1),
-            audio_s=round(audio_s, 3),
             rtf=round(total_s / audio_s, 3) if audio_s else 0.0,
             speech_tokens=len(speaker.tokens),
             tokens_per_step=round(len(speaker.tokens) / max(1, speaker.steps), 2),
