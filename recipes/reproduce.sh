@@ -3,7 +3,7 @@
 # interrupted one goes on where it stopped.
 #
 #   SIZE=tiny  recipes/reproduce.sh    about ten minutes on two cores: shows that every step works, teaches little
-#   SIZE=small recipes/reproduce.sh    the mini model of the package: under three hours of training, and the data
+#   SIZE=small recipes/reproduce.sh    the mini model of the package: over three hours of training, and the data
 #   SIZE=full  recipes/reproduce.sh    more data and time, for more cores or an accelerator
 #
 # Needs `pip install -e '.[data,train]'` and, except for tiny, the program flite (a Debian package). Settings from the
@@ -24,8 +24,8 @@ declare -A minutes quick
 stages=(vocoder tokenizer align_text align_ctc align flow speak vocoder_finetune)
 case $SIZE in
   tiny) times=(0.5 0.5 0.5 0.3 0.5 0.5 0.5 0.3); SOURCES=${SOURCES:-hibari} ;;
-  small) times=(10 26 22 10 20 30 40 8); SOURCES=${SOURCES:-kokoro,hibari,flite} ;;
-  full) times=(30 90 60 45 60 90 180 20); SOURCES=${SOURCES:-kokoro,hibari,flite} ;;
+  small) times=(10 26 30 20 20 25 46 25); SOURCES=${SOURCES:-kokoro,hibari,flite} ;;
+  full) times=(30 90 60 45 60 90 180 40); SOURCES=${SOURCES:-kokoro,hibari,flite} ;;
   *) echo "error: SIZE is '$SIZE'; allowed: tiny, small, full" >&2; exit 2 ;;
 esac
 for i in "${!stages[@]}"; do minutes[${stages[i]}]=${times[i]}; done
