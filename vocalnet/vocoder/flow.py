@@ -91,7 +91,7 @@ def mini_flow_config(tokens: int, token_levels: tuple[int, ...] = ()) -> FlowCon
         steps=4,
         guidance=0.0,
         guidance_drop=0.0,
-        temperature=0.7,
+        temperature=0.0,  # measured: 0.0 speaks better than any noise (DistillMOS 4.08; 0.4: 4.02, 0.8: 3.92)
         prior_weight=10.0,
         official_noise=False,
     )
