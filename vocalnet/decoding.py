@@ -116,7 +116,7 @@ def _accept_all_step(
     if _room(decoder, state) < len(state.newest):
         return False
     hidden = decoder.feed(state.newest, state)
-    logits = torch.stack([decoder.head(hidden[0, -1]), *decoder.module_logits(hidden, state)])  # (K + 1, V)
+    logits = torch.cat([decoder.head(hidden[0, -1:]), *decoder.module_logits(hidden, state)])  # (K + 1, V)
     state.speech_rows += len(state.newest)
     if sampling.repetition_penalty == 1:
         tokens = _draw(_laws(decoder, state, logits, sampling, []), sampling, generator)
@@ -147,7 +147,7 @@ def _verified_step(
     _keep(decoder, state, [*drafts[:passed], token])
     state.newest, state.draft_laws = [token], None
     if module_logits and not state.ended:
-        state.draft_laws = _laws(decoder, state, torch.stack(module_logits), sampling, [])
+        state.draft_laws = _laws(decoder, state, torch.cat(module_logits), sampling, [])
         state.newest += _draw(state.draft_laws, sampling, generator)
     return True
 

@@ -147,7 +147,7 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> KVCache:
         """An empty cache of `capacity` rows."""
-        return cls(torch.zeros(batch, 2 * config.key_heads, capacity, config.size, dtype=dtype, device=device))
+        return cls(torch.empty(batch, 2 * config.key_heads, capacity, config.size, dtype=dtype, device=device))
 
     @property
     def capacity(self) -> int:

@@ -57,12 +57,11 @@ class Head(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., width) before the norm → (..., vocabulary)."""
-        project = self.output_proj if self.packed is None else self.packed
-        return project(self.norm_final(hidden))
+        return self.output_proj(self.norm_final(hidden)) if self.packed is None else self.packed(hidden)
 
     def pack(self, precision: Precision) -> None:
         """Inference form of the head."""
-        self.packed = pack_module([self.output_proj], precision)
+        self.packed = pack_module([self.output_proj], precision, self.norm_final)
 
 
 class SequentialModule(Head):

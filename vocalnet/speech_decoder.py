@@ -209,6 +209,7 @@ class SpeechDecoder(nn.Module):
         self.rotary = Rotary(config.layer.size, config.rotary_base)
         self.packed_output: PackedLinear | None = None
         self.dtype = torch.float32
+        self._tables: dict[tuple[int, int, torch.dtype], tuple[Rotation, Rotation]] = {}
 
     def text_rows(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """One row per text token: hidden states after the LLM read it, and its input embedding if configured.
@@ -220,7 +221,7 @@ class SpeechDecoder(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., width) before the final norm → (..., vocabulary)."""
-        return (self.output_proj if self.packed_output is None else self.packed_output)(self.norm(hidden))
+        return self.output_proj(self.norm(hidden)) if self.packed_output is None else self.packed_output(hidden)
 
     def text_rotation(self, positions: Tensor) -> Rotation:
         """(T,) text positions, BOS = 0 → Rotation."""
@@ -313,7 +314,7 @@ class SpeechDecoder(nn.Module):
         for layer in layers_of(self.encode_layers) + layers_of(self.decode_layers):
             layer.pack(precision)
         self.mtp_layers.pack(precision)
-        self.packed_output = pack_module([self.output_proj], precision)
+        self.packed_output = pack_module([self.output_proj], precision, self.norm)
         self.dtype = compute_dtype(precision)
         self.to(self.dtype).requires_grad_(False).eval()
 
@@ -341,7 +342,6 @@ class SpeechDecoder(nn.Module):
             return [KVCache.allocate(1, layer, capacity, self.dtype, device) for layer in layers]
 
         common = max_text + max_speech
-        speech_positions = torch.arange(common if config.compatible else max_speech, device=device)
         return SpeechState(
             max_text,
             max_speech,
@@ -350,10 +350,20 @@ class SpeechDecoder(nn.Module):
             caches([config.layer] * config.projector_layers, max_text),
             caches([config.layer] * config.layers, common),
             caches(self.mtp_layers.layer_configs()[:count], common),
-            Rotation(*(x.to(self.dtype) for x in self.text_rotation(torch.arange(max_text, device=device)))),
-            Rotation(*(x.to(self.dtype) for x in self.speech_rotation(speech_positions))),
+            *self._rotations(max_text, max_speech),
             newest=[config.sos],
         )
+
+    def _rotations(self, max_text: int, max_speech: int) -> tuple[Rotation, Rotation]:
+        """Tables of text and speech positions, made once for each size."""
+        key = (max_text, max_speech, self.dtype)
+        if key not in self._tables:
+            device = self.embedding.weight.device
+            speech = torch.arange(max_speech + (max_text if self.config.compatible else 0), device=device)
+            tables = self.text_rotation(torch.arange(max_text, device=device)), self.speech_rotation(speech)
+            text, speech_table = (Rotation(*(part.to(self.dtype).contiguous() for part in table)) for table in tables)
+            self._tables[key] = text, speech_table
+        return self._tables[key]
 
     @torch.no_grad()
     def add_text(self, rows: Tensor, state: SpeechState, last: bool = False) -> None:
@@ -438,7 +448,7 @@ class SpeechDecoder(nn.Module):
         return x
 
     def module_logits(self, hidden: Tensor, state: SpeechState) -> list[Tensor]:
-        """Feeds (1, n, width) from `feed` to the modules; their logits at the last row, each (vocabulary,)."""
+        """Feeds (1, n, width) from `feed` to the modules; their logits at the last row, each (1, vocabulary)."""
         size = hidden.shape[1]
         rotation = self._speech_rows(state, size)
         row = state.max_text + state.speech_rows
@@ -448,7 +458,7 @@ class SpeechDecoder(nn.Module):
             return layer.step(x, rotation, state.heads[depth - 1], row, (first, row + size), mask)
 
         states = self.mtp_layers.hidden_states(hidden, run, state.modules)
-        return [self.mtp_layers.logits(x[0, -1], depth) for depth, x in enumerate(states, start=1)]
+        return [self.mtp_layers.logits(x[0, -1:], depth) for depth, x in enumerate(states, start=1)]
 
     def _speech_rows(self, state: SpeechState, size: int) -> Rotation:
         """Rotation of the next `size` speech rows."""
