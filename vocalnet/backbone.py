@@ -249,7 +249,11 @@ def _load_layer(
 
 def _rotary(config: Any) -> Rotary:
     """Rotary frequencies with whatever scaling the config asks for, as transformers computes them."""
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") == "default":
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return Rotary(size, rope.get("rope_theta", 10000.0))
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding  # half a second, so only where needed
 
     reference = LlamaRotaryEmbedding(config)
     size = 2 * reference.inv_freq.shape[0]
