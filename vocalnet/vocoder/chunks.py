@@ -22,19 +22,23 @@ from torch import Tensor, nn
 from vocalnet.errors import VocalNetError
 
 
-def chunk_visible(rows: int, chunk: int, left_chunks: int | None, device: torch.device | None = None) -> Tensor:
-    """Whether query row i sees key row j, (rows, rows) bool. `left_chunks` None: all chunks to the left."""
-    index = torch.arange(rows, device=device) // chunk
-    behind = index[:, None] - index[None, :]
-    return (behind >= 0) & (behind <= (rows if left_chunks is None else left_chunks))
+def visible_rows(query: Tensor, keys: Tensor, chunk: int, left_chunks: int | None) -> Tensor:
+    """Whether row `query[i]` sees row `keys[j]`, (queries, keys) bool; rows are positions in time, -1 an empty place.
+
+    `left_chunks` None: all chunks to the left.
+    """
+    behind = query[:, None] // chunk - keys[None, :] // chunk
+    seen = (behind >= 0) & (keys >= 0)
+    return seen if left_chunks is None else seen & (behind <= left_chunks)
 
 
 @dataclass(frozen=True)
 class Span:
     """The rows being computed: their place in time, what they see, and where a stream's ring keeps them.
 
-    Offline: `visible` is a mask (B or 1, 1, rows, rows), or None when everything is seen. Streaming: the rows are one
-    chunk, written at `slot` of each layer's ring, and attend to its first `filled` rows (`visible` hides stale ones).
+    Offline: `visible` is a mask (B or 1, 1, rows, rows), or None for everything. Streaming: the rows are whole
+    chunks (the stream's last may be shorter), written at `slot` of each layer's ring; they see its first `filled` rows as
+    far as `visible` allows.
     """
 
     first: int
@@ -48,7 +52,8 @@ def offline_span(rows: int, chunk: int | None, left_chunks: int | None, lengths:
     """The span of whole utterances: chunked when `chunk` is given, with rows past each of `lengths` (B,) hidden."""
     visible = None
     if chunk is not None and rows > chunk:
-        visible = chunk_visible(rows, chunk, left_chunks, like.device)[None, None]
+        row = torch.arange(rows, device=like.device)
+        visible = visible_rows(row, row, chunk, left_chunks)[None, None]
     if lengths is not None and int(lengths.min()) < rows:
         row = torch.arange(rows, device=like.device)
         valid = row[None, :] < lengths.to(like.device)[:, None]  # (B, rows)
@@ -63,37 +68,45 @@ class Ring:
 
     Args:
         chunk: rows of a chunk.
-        chunks: chunks kept, the newest included.
-        wraps: whether the oldest chunk may be overwritten (bounded left context); otherwise a full ring is an error.
+        chunks: chunks kept. Enough for every row's context and the chunks of one call, or for the whole stream.
+        left_chunks: chunks to the left that a row sees; None: all, and then a full ring is an error.
     """
 
-    def __init__(self, chunk: int, chunks: int, wraps: bool) -> None:
-        self.chunk, self.chunks, self.wraps = chunk, chunks, wraps
+    def __init__(self, chunk: int, chunks: int, left_chunks: int | None, device: torch.device) -> None:
+        self.chunk, self.chunks, self.left_chunks = chunk, chunks, left_chunks
         self.position = 0
+        self._rows = torch.full((self.capacity,), -1, device=device)  # which row of the stream is in each place
 
     @property
     def capacity(self) -> int:
         """Rows kept."""
         return self.chunk * self.chunks
 
-    def advance(self, rows: int, device: torch.device) -> Span:
-        """The span of the next chunk. Only the last chunk of a stream may have fewer than `chunk` rows.
+    @property
+    def room(self) -> int:
+        """Chunks that one call may add, at least 1."""
+        index = self.position // self.chunk
+        if self.left_chunks is None:
+            return max(1, self.chunks - index)
+        return min(self.chunks - index % self.chunks, self.chunks - self.left_chunks)
+
+    def advance(self, rows: int) -> Span:
+        """The span of the next rows: whole chunks, at most `room` of them; the stream's last may be partial.
 
         Raises:
-            VocalNetError: the ring is full and may not wrap, or a chunk follows a partial one.
+            VocalNetError: the ring is full and may not wrap, or rows follow a partial chunk.
         """
         first = self.position
-        index, offset = divmod(first, self.chunk)
-        if offset or rows > self.chunk:
+        if first % self.chunk:
             raise VocalNetError(f"{rows} rows after {first} do not start a chunk of {self.chunk}; begin a new stream")
-        if index >= self.chunks and not self.wraps:
+        slot = first if self.left_chunks is None else first % self.capacity
+        if slot + rows > self.capacity:
             raise VocalNetError(f"the stream is full at {self.capacity} rows; call init_state with a larger max_tokens")
-        slot = (index % self.chunks) * self.chunk
-        filled = min(first + rows, self.capacity) if index < self.chunks else self.capacity
-        visible = None
-        if slot + rows < filled and rows < self.chunk:  # a partial chunk over an old one: hide what is left of that
-            place = torch.arange(filled, device=device)
-            visible = ((place < slot + rows) | (place >= slot + self.chunk))[None, None, None]
+        new = torch.arange(first, first + rows, device=self._rows.device)
+        self._rows[slot : slot + -(-rows // self.chunk) * self.chunk] = -1
+        self._rows[slot : slot + rows] = new
+        filled = min(first + rows, self.capacity)
+        visible = visible_rows(new, self._rows[:filled], self.chunk, self.left_chunks)[None, None]
         self.position += rows
         return Span(first, rows, visible, slot, filled)
 

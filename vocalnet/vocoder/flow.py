@@ -29,6 +29,7 @@ from vocalnet.vocoder.token_encoder import (
 
 _OFFICIAL_NOISE_FRAMES = 50 * 300  # CosyVoice2 draws its noise once, for 300 s
 _NOISE_BLOCK_FRAMES = 64
+_CHUNKS_AT_ONCE = 4  # that a stream with bounded context computes in one pass
 
 
 @dataclass(frozen=True)
@@ -342,10 +343,10 @@ class Flow(nn.Module):
     ) -> FlowState:
         """The state of a new stream. `max_tokens` (prompt included) bounds it only where `left_chunks` is None."""
         config, device = self.config, self.encoder_proj.weight.device
-        wraps = config.left_chunks is not None
-        chunks = -(-max_tokens // config.chunk_tokens) if config.left_chunks is None else config.left_chunks + 1
-        token_ring = Ring(config.chunk_tokens, chunks, wraps)
-        frame_ring = Ring(config.chunk_tokens * config.frames_per_token, chunks, wraps)
+        left = config.left_chunks
+        chunks = -(-max_tokens // config.chunk_tokens) if left is None else left + _CHUNKS_AT_ONCE
+        token_ring = Ring(config.chunk_tokens, chunks, left, device)
+        frame_ring = Ring(config.chunk_tokens * config.frames_per_token, chunks, left, device)
         estimator = self.decoder.estimator
         passes = 2 if config.guidance else 1
         return FlowState(
@@ -376,20 +377,22 @@ class Flow(nn.Module):
         pending = torch.cat([state.pending, tokens], dim=1)
         mels = []
         while pending.shape[1] >= chunk + lookahead or (final and pending.shape[1] > 0):
-            mels.append(self._chunk(pending[:, :chunk], pending[:, chunk : chunk + lookahead], state))
-            pending = pending[:, chunk:]
+            ready = pending.shape[1] if final else (pending.shape[1] - lookahead) // chunk * chunk
+            rows = min(ready, state.token_ring.room * chunk)
+            mels.append(self._chunks(pending[:, :rows], pending[:, rows : rows + lookahead], state))
+            pending = pending[:, rows:]
         state.pending, state.finished = pending, final
         mel = torch.cat(mels, dim=1) if mels else self.encoder_proj.weight.new_zeros(1, 0, self.config.mel_bins).float()
         dropped = min(state.skip_frames, mel.shape[1])
         state.skip_frames -= dropped
         return mel[:, dropped:], state
 
-    def _chunk(self, tokens: Tensor, ahead: Tensor, state: FlowState) -> Tensor:
-        """One chunk of tokens (1, ≤ chunk) with those that follow (1, ≤ lookahead) → mel (1, frames, bins)."""
+    def _chunks(self, tokens: Tensor, ahead: Tensor, state: FlowState) -> Tensor:
+        """Chunks of tokens (1, n) with those that follow (1, ≤ lookahead) → mel (1, frames, bins)."""
         rows, device = tokens.shape[1], tokens.device
         embedded = self._embed(torch.cat([tokens, ahead], dim=1))
-        token_span = state.token_ring.advance(rows, device)
-        span = state.frame_ring.advance(rows * self.config.frames_per_token, device)
+        token_span = state.token_ring.advance(rows)
+        span = state.frame_ring.advance(rows * self.config.frames_per_token)
         hidden = self.encoder(embedded[:, :rows], embedded[:, rows:], token_span, span, state=state.encoder)
         noise = self._noise(span.first, span.rows, device, state.noise)
         prompt = None if state.prompt_mel is None else state.prompt_mel[:, span.first : span.first + span.rows]
