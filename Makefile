@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
 WITHOUT_DEPENDENCIES := distillmos==0.9.1 xls-r-sqa==0.1.0
 
 .DEFAULT_GOAL := help
-.PHONY: help chat setup reproduce test lint types format unit clean
+.PHONY: help chat bench setup reproduce test lint types format unit clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ setup: $(VENV)/.develop ## the environment with all tools, in .venv
 
 chat: $(VENV)/.runtime ## the answer to a spoken question, as a WAV file (QUESTION=file.wav)
 	@$(BIN)/vocalnet chat $(QUESTION)
+
+bench: $(VENV)/.runtime ## latency, real-time factor and memory on this machine
+	@$(BIN)/vocalnet bench
 
 reproduce: $(VENV)/.develop ## the whole of the mini model from text (SIZE=tiny, small or full)
 	@PYTHON=$(BIN)/python recipes/reproduce.sh
