@@ -36,9 +36,9 @@ def visible_rows(query: Tensor, keys: Tensor, chunk: int, left_chunks: int | Non
 class Span:
     """The rows being computed: their place in time, what they see, and where a stream's ring keeps them.
 
-    Offline: `visible` is a mask (B or 1, 1, rows, rows), or None for everything. Streaming: the rows are whole
-    chunks (the stream's last may be shorter), written at `slot` of each layer's ring; they see its first `filled` rows as
-    far as `visible` allows.
+    Offline: `visible` is a mask (B or 1, 1, rows, rows), or None when everything is seen. Streaming: the rows are
+    whole chunks (the stream's last may be shorter), written at `slot` of each layer's ring; they see its first `filled`
+    rows as far as `visible` allows.
     """
 
     first: int
