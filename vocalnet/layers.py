@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -249,6 +249,10 @@ def spread(x: Tensor, matrix: Tensor) -> Tensor:
     return x.reshape(-1, matrix.shape[0]).mm(matrix).view(x.shape)
 
 
+# The packet's own call looks at every argument in Python first, which takes as long as a small product.
+_linear_dynamic: Any = getattr(torch.ops.quantized.linear_dynamic, "_op", torch.ops.quantized.linear_dynamic)
+
+
 class Int8Linear:
     """x Wᵀ + b with int8 weights (a scale per output channel) and 8-bit activations (a scale per row).
 
@@ -265,8 +269,12 @@ class Int8Linear:
         A product with a norm expects a stream that is spread already, or is not, just as its weight is.
         """
         weight = weight.detach().float()
+        self.floor: Tensor | None = None
         if norm is not None:
-            weight = weight * norm.weight.detach().float()
+            # RMSNorm(x) = gain · √n · x / √(‖x‖² + n·ε): all but the root goes into the weight.
+            width = weight.shape[1]
+            weight = weight * (norm.weight.detach().float() * width**0.5)
+            self.floor = torch.tensor((width * norm.eps) ** 0.5)
         self.mixer = hadamard(spread_block(weight.shape[1])) if spread_input else None
         if self.mixer is not None:
             weight = spread(weight, self.mixer)
@@ -277,14 +285,15 @@ class Int8Linear:
             quantised = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(quantised, None)
         self.bias = None if bias is None else bias.detach().float()
-        self.eps = None if norm is None else norm.eps
         self.reduce_range = _saturates()  # activations then keep to 7 bits
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) float32 → (..., out) float32."""
         if self.mixer is not None:
             x = spread(x, self.mixer)
-        size = None if self.eps is None else root_mean_square(x, self.eps)
+        size = None
+        if self.floor is not None:
+            size = torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
         if x.numel() == x.shape[-1]:
             y = self._product(x)
         else:
@@ -298,7 +307,7 @@ class Int8Linear:
 
     def _product(self, x: Tensor) -> Tensor:
         """x Wᵀ, rounding x to 8 bits between its least and its greatest value."""
-        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
+        return _linear_dynamic(x, self.packed, self.reduce_range)
 
 
 PackedLinear = DenseLinear | Int8Linear
