@@ -174,14 +174,9 @@ def spoken_words(phonemes: np.ndarray, count: int, boundary: int) -> np.ndarray 
     return words
 
 
-def text_words(pieces: Sequence[str]) -> list[int]:
-    """The word that each token belongs to, from the tokens' texts: a token that begins with a space opens a word."""
-    words = []
-    word = 0
-    for i, piece in enumerate(pieces):
-        word += bool(i and piece[:1].isspace())
-        words.append(word)
-    return words
+def text_words(text: str, ends: Sequence[int]) -> list[int]:
+    """Index of the word that each token belongs to, from where in the text the tokens end."""
+    return [max(0, len(text[:end].split()) - 1) for end in ends]
 
 
 def _at_token_rate(values: np.ndarray | None, size: int) -> Tensor:
@@ -202,6 +197,7 @@ class AnswerStates:
 
     def __init__(self, folder: Path, config: SpeakTaskConfig, pairs: Sequence[tuple[str, str]]) -> None:
         """`pairs` are (question, answer); see `rows`."""
+        self.pairs = pairs
         self.config = config
         self.llm_folder = _llm_folder(config.llm)
         self.prompt = ChatPrompt.from_pretrained(self.llm_folder, config.system)
@@ -225,8 +221,10 @@ class AnswerStates:
     def words(self, index: int) -> Tensor:
         """(T + 2,): the word of each text row of pair `index`; BOS has none (-1), the end token the number of words."""
         if index not in self._words:
-            words = text_words([self.prompt.tokenizer.decode([token]) for token in self.ids[index].tolist()])
-            self._words[index] = torch.tensor([-1, *words, words[-1] + 1 if words else 0])
+            text = self.pairs[index][1]
+            spans = self.prompt.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            words = text_words(text, [end for _, end in spans])
+            self._words[index] = torch.tensor([-1, *words, len(text.split())])
         return self._words[index]
 
     def _fill(self, pairs: Sequence[tuple[str, str]]) -> None:

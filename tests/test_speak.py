@@ -1,0 +1,223 @@
+"""Stage 2: data, precomputed hidden states, batches, losses, export; on a tiny LLM and made-up speech tokens."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.tiny_model import tiny_llm, tokenizer
+from vocalnet.backbone import Backbone
+from vocalnet.errors import ConfigError, DataError
+from vocalnet.parts import load_part
+from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.training.speak import (
+    SpeakTask,
+    SpeakTaskConfig,
+    edit_distance,
+    guide_loss,
+    sentence_id,
+    spoken_words,
+    text_words,
+)
+
+DECODER = SpeechDecoderConfig(
+    llm_hidden_size=48,
+    width=32,
+    heads=2,
+    ffn=48,
+    units=50,
+    layers=2,
+    projector_layers=1,
+    mtp_modules=2,
+    text_input="hidden+embedding",
+    speech_position_scale=0.25,
+)
+
+
+def add(tar, name, write):
+    file = io.BytesIO()
+    write(file)
+    info = tarfile.TarInfo(name)
+    info.size = len(file.getvalue())
+    file.seek(0)
+    tar.addfile(info, file)
+
+
+def write_split(folder, split, count, seed):
+    """Sentences of a few words; word w is spoken as w, w + 1, w, w + 1, with a boundary before the next."""
+    generator = random.Random(seed)
+    rows = []
+    for kind in ("answer_tokens", "answer_features"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    with (
+        tarfile.open(folder / "answer_tokens" / f"{split}-00000.tar", "w") as tokens,
+        tarfile.open(folder / "answer_features" / f"{split}-00000.tar", "w") as features,
+    ):
+        for i in range(count):
+            words = generator.sample(range(40), generator.randint(2, 7))
+            text = " ".join(f"w{word}" for word in words)
+            spoken = np.array([token for word in words for token in (49, word, word + 1, word, word + 1)][1:])
+            phonemes = np.where(spoken == 49, 16, spoken + 20).repeat(2)
+            add(tokens, f"{sentence_id(text)}.npy", lambda f, x=spoken: np.save(f, x.astype(np.int16)))
+            add(features, f"{sentence_id(text)}.npz", lambda f, x=phonemes: np.savez(f, phoneme=x.astype(np.int16)))
+            rows += [
+                {"id": f"{split}{i}{j}", "question": f"w{j} w{i}", "answer": text, "spoken": text} for j in range(2)
+            ]
+    (folder / "texts").mkdir(exist_ok=True)
+    (folder / "texts" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(data folder, config)."""
+    folder = tmp_path_factory.mktemp("speak")
+    write_split(folder / "data", "train", 24, 0)
+    write_split(folder / "data", "valid", 4, 1)
+    torch.manual_seed(0)
+    tiny_llm().save_pretrained(folder / "llm")
+    tokenizer().save_pretrained(folder / "llm")
+    config = SpeakTaskConfig(
+        DECODER,
+        llm=str(folder / "llm"),
+        batch_positions=120,
+        module_steps=0,
+        free_running=2,
+        phoneme_weight=0.3,
+        lr=5e-3,
+    )
+    return folder / "data", config
+
+
+def test_words_of_speech_and_text():
+    frames = np.array([0, 0, 5, 5, 16, 7, 7, 16, 16, 9, 0, 0])
+    assert spoken_words(frames, 3, 16).tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+    assert spoken_words(frames, 4, 16) is None
+    assert spoken_words(np.zeros(5), 1, 16) is None
+    assert text_words("The moon.", [1, 3, 6, 8, 9]) == [0, 0, 1, 1, 1]
+
+
+def test_edit_distance():
+    assert edit_distance([], [1, 2]) == 2
+    assert edit_distance([1, 2, 3], [1, 3]) == 1
+    assert edit_distance(list(b"kitten"), list(b"sitting")) == 3
+    assert edit_distance([1, 2], []) == 2
+
+
+def test_guide_loss_wants_the_word():
+    text = [torch.tensor([-1, 0, 0, 1, 2])]
+    words = [torch.tensor([0, 1, -100])]
+    attention = torch.full((4, 1, 5), -20.0)
+    attention[0, 0, 1:3] = np.log(0.5)  # both rows of word 0
+    attention[1, 0, 3] = 0.0
+    assert guide_loss(attention, text, words).item() == pytest.approx(0, abs=1e-5)
+    attention[1, 0, 3] = -3.0
+    assert guide_loss(attention, text, words).item() == pytest.approx(1.5, abs=1e-4)
+    attention[1, 0, 3] = float("-inf")  # not visible yet: does not count
+    assert guide_loss(attention, text, words).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_states_are_those_of_the_llm(world):
+    data, config = world
+    task = SpeakTask(config, data, 0)
+    states = task.states["train"]
+    index = 5
+    question, answer = states.pairs[index]
+    backbone = Backbone(states.llm_folder, "bf16")
+    prompt = states.prompt.text_ids(question)
+    ids = prompt + states.prompt.answer_ids(answer)[:-1]
+    hidden = backbone.prefill(backbone.embed(ids), backbone.init_state(len(ids)))[0, len(prompt) :]
+    rows = states.rows(index, task.model.decoder)
+    torch.testing.assert_close(rows[:-1, :48], hidden.float(), atol=0.05, rtol=0.05)
+    torch.testing.assert_close(rows[:-1, 48:], backbone.embed(ids)[0, len(prompt) :].float(), atol=0.01, rtol=0.01)
+    assert rows[-1, :48].equal(rows[-1, 48:])  # the end token: its embedding twice
+    # A second task reads the file instead of the LLM.
+    for file in states.folder.glob("*.safetensors"):
+        file.touch()
+        before = file.stat().st_mtime_ns
+    SpeakTask(config, data, 0)
+    assert file.stat().st_mtime_ns == before
+
+
+def test_batches(world):
+    data, config = world
+    task = SpeakTask(config, data, 0)
+
+    def names(epoch):
+        return [[row.tolist() for row in batch["tokens"]] for batch in task.batches(epoch)]
+
+    assert names(0) == names(0)
+    assert names(0) != names(1)
+    assert sorted(row for batch in names(0) for row in batch) == sorted(item.tokens.tolist() for item in task.train)
+    for batch in task.batches(0):
+        sizes = [len(row) for row in batch["tokens"]]
+        assert len(sizes) == 1 or max(sizes) * len(sizes) <= config.batch_positions
+        for text, text_words_, words in zip(batch["text"], batch["text_words"], batch["words"], strict=True):
+            assert len(text_words_) == len(text) + 1
+            assert words.max() <= text_words_.max()
+    coins = torch.cat([batch["streaming"] for epoch in range(20) for batch in task.batches(epoch)]).float()
+    assert coins.mean() == pytest.approx(config.streaming_probability, abs=0.08)
+
+
+def train(task, steps):
+    optimiser = torch.optim.AdamW(task.parameter_groups())
+    losses = []
+    torch.manual_seed(0)
+    epoch = 0
+    while len(losses) < steps:
+        for batch in task.batches(epoch):
+            loss, metrics = task.loss(batch, len(losses))
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses.append({name: float(value) for name, value in metrics.items()})
+        epoch += 1
+    return losses
+
+
+def test_learns_validates_and_exports(world, tmp_path):
+    data, config = world
+    task = SpeakTask(replace(config, token_noise=0.0), data, 0)
+    losses = train(task, 40)
+    for name in ("ce0", "ce1", "ce2", "phoneme", "guide"):
+        assert sum(row[name] for row in losses[-5:]) < 0.9 * sum(row[name] for row in losses[:5]), name
+    task.model.eval()
+    with torch.no_grad():
+        metrics = task.validate()
+    assert {"ce0", "accuracy2", "token_error_k0", "token_error_k2"} <= metrics.keys()
+    task.export(tmp_path)
+    loaded = load_part(SpeechDecoder, SpeechDecoderConfig, tmp_path)
+    assert loaded.config == DECODER
+    for name, value in task.model.decoder.state_dict().items():
+        assert value.equal(loaded.state_dict()[name])
+    modules = SpeakTask(replace(config, train="modules", init_decoder=tmp_path), data, 0)
+    train(modules, 1)
+    now = modules.model.decoder.state_dict()
+    changed = {name for name, value in loaded.state_dict().items() if not value.equal(now[name])}
+    assert changed
+    assert all(name.startswith("mtp_layers") for name in changed)
+
+
+def test_modules_join_one_by_one(world):
+    data, config = world
+    task = SpeakTask(replace(config, module_steps=10), data, 0)
+    batch = next(iter(task.batches(0)))
+    for step, heads in [(0, 1), (9, 1), (10, 2), (20, 3), (99, 3)]:
+        _, metrics = task.loss(batch, step)
+        assert sum(name.startswith("ce") for name in metrics) == heads
+
+
+def test_errors(world, tmp_path):
+    data, config = world
+    with pytest.raises(DataError, match="answer_tokens"):
+        SpeakTask(config, tmp_path, 0)
+    with pytest.raises(DataError, match="units are 20"):
+        SpeakTask(replace(config, decoder=replace(DECODER, units=20)), data, 0)
+    with pytest.raises(ConfigError, match="init_decoder"):
+        replace(config, train="modules")
