@@ -184,7 +184,7 @@ def train(task, steps):
 def test_learns_validates_and_exports(world, tmp_path):
     data, config = world
     task = SpeakTask(replace(config, token_noise=0.0), data, 0)
-    losses = train(task, 40)
+    losses = train(task, 60)
     for name in ("ce0", "ce1", "ce2", "phoneme", "guide"):
         assert sum(row[name] for row in losses[-5:]) < 0.9 * sum(row[name] for row in losses[:5]), name
     task.model.eval()
