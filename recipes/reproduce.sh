@@ -2,7 +2,7 @@
 # From text to a model folder that talks: data, seven trainings, assembly. A step whose result exists is skipped, an
 # interrupted one goes on where it stopped.
 #
-#   SIZE=tiny  recipes/reproduce.sh    about ten minutes on two cores: shows that every step works, teaches little
+#   SIZE=tiny  recipes/reproduce.sh    tens of minutes on two cores: shows that every step works, teaches little
 #   SIZE=small recipes/reproduce.sh    the mini model of the package: over three hours of training, and the data
 #   SIZE=full  recipes/reproduce.sh    more data and time, for more cores or an accelerator
 #
