@@ -20,25 +20,14 @@ import yaml
 
 from data_prep.common import Size, atomic_write
 from vocalnet.errors import DataError
+from vocalnet.evaluation.accept import number_words
 
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
 FACTS = Path(__file__).parent / "facts"
 SPEAKABLE = re.compile(r"[A-Za-z][A-Za-z ,'-]*(?:[.?!] [A-Za-z][A-Za-z ,'-]*)*[.?!]")
 DAYS = list(calendar.day_name)
 MONTHS = list(calendar.month_name)[1:]
-TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-ONES = f"zero one two three four five six seven eight nine {TEENS}".split()
-TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 Fields = dict[str, str]
-
-
-def number_words(number: int) -> str:
-    """``42`` → "forty two", for 0 to 999."""
-    if number < 20:
-        return ONES[number]
-    if number < 100:
-        return TENS[number // 10] + (f" {ONES[number % 10]}" if number % 10 else "")
-    return f"{ONES[number // 100]} hundred" + (f" {number_words(number % 100)}" if number % 100 else "")
 
 
 DIGITS = {number_words(n): str(n) for n in range(1000)}

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vocalnet.errors import ConfigError, DataError
 from vocalnet.parts import load_part
+from vocalnet.shards import read_arrays
 from vocalnet.speech_tokenizer import SpeechTokenizer, TokenizerConfig
 from vocalnet.vocoder.flow import Flow, FlowConfig
 
@@ -54,26 +55,10 @@ class Utterance:
     mel: Tensor  # (frames per token · T, bins) float16
 
 
-def _members(folder: Path, split: str, suffix: str) -> Iterator[tuple[str, bytes]]:
-    """(id, content) of the members with this suffix in the archives `{split}-*.tar` of a folder."""
-    archives = sorted(folder.glob(f"{split}-*.tar"))
-    if not archives:
-        raise DataError(f"no {split}-*.tar in {folder}; run that step of data preparation first")
-    for archive in archives:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                content = tar.extractfile(member)
-                if content is not None and member.name.endswith(suffix):
-                    yield Path(member.name).stem, content.read()
-
-
 def load_tokens(data: Path, split: str) -> dict[str, Tensor]:
     """Speech tokens (T,) of every sentence of a split, from `answer_tokens`."""
-    folder = data / "answer_tokens"
-    return {
-        name: torch.from_numpy(np.load(io.BytesIO(content)).astype(np.int64))
-        for name, content in _members(folder, split, ".npy")
-    }
+    shards = read_arrays(data / "answer_tokens", f"{split}-*.tar", "npy")
+    return {name: torch.from_numpy(array.astype(np.int64)) for name, array in shards}
 
 
 def load_utterances(data: Path, split: str, frames_per_token: int) -> list[Utterance]:
@@ -84,11 +69,10 @@ def load_utterances(data: Path, split: str, frames_per_token: int) -> list[Utter
     """
     tokens = load_tokens(data, split)
     utterances = []
-    for name, content in _members(data / "answer_features", split, ".npz"):
+    for name, arrays in read_arrays(data / "answer_features", f"{split}-*.tar", "npz"):
         if name not in tokens:
             continue
-        with np.load(io.BytesIO(content)) as arrays:
-            mel = torch.from_numpy(arrays["mel"].astype(np.float16))
+        mel = torch.from_numpy(arrays["mel"].astype(np.float16))
         rows = min(len(tokens[name]), len(mel) // frames_per_token)
         if rows:
             utterances.append(Utterance(name, tokens[name][:rows], mel[: rows * frames_per_token]))

@@ -8,11 +8,9 @@ decoder meets the same words in several contexts.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import random
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from vocalnet.errors import ConfigError, DataError
 from vocalnet.parts import load_part, save_part
 from vocalnet.prompt import ChatPrompt
 from vocalnet.sampling import SamplingConfig
+from vocalnet.shards import read_arrays
 from vocalnet.speech_decoder import IGNORE, SpeechDecoder, SpeechDecoderConfig, token_losses
 
 POOL_BATCHES = 16  # batches are cut from length-sorted pools of this many, then shuffled
@@ -102,37 +101,17 @@ def sentence_id(text: str) -> str:
     return hashlib.sha1(text.encode()).hexdigest()[:16]
 
 
-def read_arrays(folder: Path, split: str, suffix: str, key: str | None = None) -> dict[str, np.ndarray]:
-    """Sample name → array from the archives `{split}-*.tar`: an `.npy`, or entry `key` of an `.npz`.
-
-    Raises:
-        DataError: there is no archive.
-    """
-    archives = sorted(folder.glob(f"{split}-*.tar"))
-    if not archives:
-        raise DataError(f"no {split}-*.tar in {folder}; run the steps of data preparation up to {folder.name} first")
-    arrays = {}
-    for archive in archives:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                name, _, ending = member.name.rpartition(".")
-                content = tar.extractfile(member) if ending == suffix else None
-                if content is not None:
-                    loaded = np.load(io.BytesIO(content.read()))
-                    arrays[name] = loaded if key is None else loaded[key]
-    return arrays
-
-
 def load_spoken(data_dir: Path, split: str, config: SpeakTaskConfig) -> list[Spoken]:
     """All spoken sentences of a split that have speech tokens, in the order of their names.
 
     Raises:
         DataError: a folder is missing, no sentence has tokens, or tokens lie outside the decoder's units.
     """
-    tokens = read_arrays(data_dir / "answer_tokens", split, "npy")
+    tokens = dict(read_arrays(data_dir / "answer_tokens", f"{split}-*.tar", "npy"))
     phonemes = {}
     if config.phoneme_weight:
-        phonemes = read_arrays(data_dir / "answer_features", split, "npz", "phoneme")
+        features = read_arrays(data_dir / "answer_features", f"{split}-*.tar", "npz")
+        phonemes = {name: arrays["phoneme"] for name, arrays in features}
     said: dict[str, tuple[str, list[str]]] = {}
     for line in (data_dir / "texts" / f"{split}.jsonl").read_text().splitlines():
         row = json.loads(line)

@@ -9,10 +9,7 @@ text does not determine (which side of a rounding edge a frame falls on) would b
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vocalnet.config import to_dict
-from vocalnet.errors import DataError
+from vocalnet.parts import load_part, save_part
+from vocalnet.shards import read_arrays
 from vocalnet.speech_tokenizer import (
     FRAMES_PER_TOKEN,
     LOG_F0_MEAN,
@@ -90,18 +87,8 @@ def read_utterances(folder: Path, split: str) -> list[Utterance]:
     Raises:
         DataError: no shard of that split.
     """
-    shards = sorted(folder.glob(f"{split}-*.tar"))
-    if not shards:
-        raise DataError(f"no shard {split}-*.tar in {folder}; run data_prep's answer_features step first")
-    utterances = []
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                stream = tar.extractfile(member)
-                if member.name.endswith(".npz") and stream is not None:
-                    with np.load(io.BytesIO(stream.read())) as arrays:
-                        utterances.append(_utterance(Path(member.name).stem, dict(arrays)))
-    return utterances
+    shards = read_arrays(folder, f"{split}-*.tar", "npz", "answer_features")
+    return [_utterance(name, dict(arrays)) for name, arrays in shards]
 
 
 def feature_statistics(utterances: list[Utterance]) -> dict[str, Tensor]:
@@ -194,7 +181,7 @@ class TokenizerTask:
         self.train = read_utterances(data_dir / "answer_features", "train")
         self.valid = read_utterances(data_dir / "answer_features", "valid")
         if config.start is not None:
-            tokenizer.load_state_dict(load_file(config.start / "model.safetensors"))
+            tokenizer.load_state_dict(load_part(SpeechTokenizer, TokenizerConfig, config.start).state_dict())
         else:
             tokenizer.load_state_dict(feature_statistics(self.train), strict=False)
         self.model = nn.ModuleDict({"tokenizer": tokenizer, "predictor": PhonemePredictor(config.model)})
@@ -278,8 +265,7 @@ class TokenizerTask:
 
     def export(self, folder: Path) -> None:
         """Writes the tokenizer's model.safetensors and config.json."""
-        save_file(self.tokenizer.state_dict(), folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(to_dict(self.config.model), indent=2))
+        save_part(self.tokenizer, self.config.model, folder)
 
 
 def masked_mean(error: Tensor, mask: Tensor) -> Tensor:

@@ -8,10 +8,8 @@ Fine-tuning reads mels predicted by the flow as well: `<data>/predicted_mels/*.t
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +18,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vocalnet.audio import ANSWER_RATE_HZ, mel_24k, mel_filters
-from vocalnet.config import to_dict
 from vocalnet.errors import DataError
+from vocalnet.parts import load_part, save_part
+from vocalnet.shards import read_arrays
 from vocalnet.vocoder.source_filter import (
     VOICED_HZ,
     SourceFilterConfig,
@@ -179,18 +177,8 @@ def read_predicted_mels(folder: Path) -> dict[str, Tensor]:
     Raises:
         DataError: no shard there.
     """
-    shards = sorted(folder.glob("*.tar"))
-    if not shards:
-        raise DataError(f"no shard of predicted mels in {folder}; write them with the trained flow first")
-    mels = {}
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                stream = tar.extractfile(member)
-                if member.name.endswith(".npy") and stream is not None:
-                    array = np.load(io.BytesIO(stream.read()))
-                    mels[Path(member.name).stem] = torch.from_numpy(array.astype(np.float32))
-    return mels
+    shards = read_arrays(folder, "*.tar", "npy")
+    return {name: torch.from_numpy(array.astype(np.float32)) for name, array in shards}
 
 
 # ------------------------------------------------------------------ losses
@@ -269,7 +257,8 @@ class VocoderTask:
         self.config, self.seed = config, seed
         self.model = SourceFilterVocoder(config.model)
         if config.start is not None:
-            self.model.load_state_dict(load_file(config.start / "model.safetensors"))
+            start = load_part(SourceFilterVocoder, SourceFilterConfig, config.start)
+            self.model.load_state_dict(start.state_dict())
         self.targets = VocoderTargets(data_dir / "vocoder_targets", config.model)
         predicted = read_predicted_mels(data_dir / "predicted_mels") if config.mels != "true" else {}
         self.inputs: dict[str, list[tuple[Sentence, Tensor]]] = {"train": [], "valid": []}
@@ -350,5 +339,4 @@ class VocoderTask:
 
     def export(self, folder: Path) -> None:
         """Writes model.safetensors and config.json."""
-        save_file(self.model.state_dict(), folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(to_dict(self.config.model), indent=2))
+        save_part(self.model, self.config.model, folder)

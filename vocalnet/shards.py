@@ -1,0 +1,33 @@
+"""Reading the tar shards of data preparation: members are named `{sample}.{suffix}`."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vocalnet.errors import DataError
+
+
+def read_arrays(folder: Path, pattern: str, suffix: str, step: str = "") -> Iterator[tuple[str, Any]]:
+    """Sample name and array (`suffix` "npy") or arrays by name ("npz") of each sample, in the shards' order.
+
+    `step` names the step of data preparation that makes them, where it is not the folder's name.
+
+    Raises:
+        DataError: no file in `folder` matches `pattern`.
+    """
+    shards = sorted(folder.glob(pattern))
+    if not shards:
+        raise DataError(f"no shard {pattern} in {folder}; run the steps of data preparation up to {step or folder.name} first")
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                name, _, ending = member.name.rpartition(".")
+                content = tar.extractfile(member) if ending == suffix else None
+                if content is not None:
+                    yield name, np.load(io.BytesIO(content.read()))
