@@ -23,7 +23,8 @@ def read_arrays(folder: Path, pattern: str, suffix: str, step: str = "") -> Iter
     """
     shards = sorted(folder.glob(pattern))
     if not shards:
-        raise DataError(f"no shard {pattern} in {folder}; run the steps of data preparation up to {step or folder.name} first")
+        step = step or folder.name
+        raise DataError(f"no shard {pattern} in {folder}; run the steps of data preparation up to {step} first")
     for shard in shards:
         with tarfile.open(shard) as tar:
             for member in tar:
