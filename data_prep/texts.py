@@ -204,16 +204,40 @@ def chatterbot_sentences() -> list[str]:
     return sorted(found)
 
 
-def coverage_sentences(facts: list[Fact], count: int, rng: random.Random) -> list[str]:
-    """Up to ``count`` distinct sentences beside the answers: carriers round the answers' words, then plain talk.
+def crossed(facts: list[Fact], rng: random.Random) -> list[str]:
+    """Answers with the last field of another fact of their category: words in new company, true or not.
 
-    Carriers are taken greedily by their rarest word, so that every answer word is heard in several contexts.
+    A decoder that has only ever said what is true learns its sentences by heart.
+    """
+    by_category: dict[str, list[Fact]] = {}
+    for fact in facts:
+        if fact.fields:
+            by_category.setdefault(fact.category, []).append(fact)
+    found = set()
+    for group in by_category.values():
+        last = list(group[0].fields)[-1]
+        for fact, other in zip(group, rng.sample(group, len(group)), strict=True):
+            mine, others = fact.fields[last], other.fields.get(last)
+            if others and re.search(rf"\b{re.escape(mine)}\b", fact.answer):
+                text = re.sub(rf"\b{re.escape(mine)}\b", lambda _, new=others: new, fact.answer)  # type: ignore[misc]
+                found.add(sentence(text, {}))
+    return sorted(found)
+
+
+def coverage_sentences(facts: list[Fact], questions: list[str], count: int, rng: random.Random) -> list[str]:
+    """Up to ``count`` distinct sentences beside the answers, which the speech decoder learns to say as well.
+
+    At most a quarter each of plain talk, of answers with fields crossed, and of questions; the rest are carriers round
+    the answers' words, taken greedily by their rarest word, so that every answer word is heard in several contexts.
     """
     answers = {fact.answer for fact in facts}
+    shares = []
+    for pool in (chatterbot_sentences(), crossed(facts, rng), sorted(set(questions))):
+        plain = [text for text in pool if text not in answers and SPEAKABLE.fullmatch(text)]
+        rng.shuffle(plain)
+        shares += plain[: count // 4]
     carriers = sorted({s for fact in facts for s in fact.sentences} - answers)
-    plain = [s for s in chatterbot_sentences() if s not in answers]
     rng.shuffle(carriers)
-    rng.shuffle(plain)
     heard: dict[str, int] = {}
     scored = []
     for text in carriers:
@@ -221,8 +245,7 @@ def coverage_sentences(facts: list[Fact], count: int, rng: random.Random) -> lis
         for word in words(text):
             heard[word] = heard.get(word, 0) + 1
     scored.sort(key=lambda pair: pair[0])
-    share = min(len(plain), count // 4)
-    return [text for _, text in scored[: count - share]] + plain[:share]
+    return list(dict.fromkeys([*shares, *(text for _, text in scored)]))[:count]
 
 
 def _jsonl(rows: Iterable[dict[str, Any]]) -> bytes:
@@ -243,7 +266,7 @@ def make_texts(data: Path, size: Size, seed: int = 0) -> dict[str, int]:
     pool = _turns(facts, "valid") + list(introductions(True, size.facts_per_category))
     train += open_turns(data, {turn.question.lower() for turn in [*train, *pool]})
     valid = _balanced(pool, size.valid_questions, rng)
-    sentences = coverage_sentences(facts, size.sentences, rng)
+    sentences = coverage_sentences(facts, [turn.question for turn in train], size.sentences, rng)
     dialogues = make_dialogues(facts, size.dialogues, False, random.Random(f"{seed} dialogues"))
     held_out = make_dialogues(facts, size.valid_dialogues, True, random.Random(f"{seed} held out"))
     folder = data / "texts"

@@ -219,6 +219,30 @@ def test_the_packages_own_evaluation_is_held_out(facts):
     assert not asked & {question.lower() for fact in facts for question in fact.train}
 
 
+def test_sentences_beside_the_answers_are_new_distinct_and_of_every_kind(facts):
+    questions = [question for fact in facts for question in fact.train[:2]]
+    sentences = texts.coverage_sentences(facts, questions, 4000, random.Random(0))
+    answers = {fact.answer for fact in facts}
+    assert len(set(sentences)) == len(sentences) == 4000
+    assert not answers & set(sentences)
+    assert all(texts.SPEAKABLE.fullmatch(text) for text in sentences)
+    kinds = [texts.chatterbot_sentences(), texts.crossed(facts, random.Random(0)), questions]
+    kinds.append([text for fact in facts for text in fact.sentences])
+    assert all(len(set(kind) & set(sentences)) > 300 for kind in kinds)
+
+
+def test_crossed_answers_keep_their_words_but_not_their_company():
+    told = [
+        turns.Fact("capital", [], [], f"The capital of {a} is {b}.", [b.lower()], fields={"of": a, "is": b}, first="of")
+        for a, b in [("France", "Paris"), ("Italy", "Rome"), ("Spain", "Madrid")]
+    ]
+    mixed = texts.crossed(told, random.Random(1))
+    assert any(text not in {fact.answer for fact in told} for text in mixed)
+    for text in mixed:
+        assert text.split()[3] in ("France", "Italy", "Spain")
+        assert text.split()[-1] in ("Paris.", "Rome.", "Madrid.")
+
+
 def test_ambiguous_table_is_refused(tmp_path):
     head = "category: c, fields: [a, b], answer: '{a} is {b}.', accept: '{b}', train: ['What is {a}?'], valid: []"
     table = f"[{{{head}, facts: 'Ice = cold; Ice = wet'}}]"
