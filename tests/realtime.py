@@ -29,12 +29,14 @@ BESIDE_THE_SDK = {
     "vocalnet",
 }  # in `session`, though the SDK's model leaves them out
 
-# One response's events in the documented order; what stands in the outer parentheses is missing where nothing was said.
+# One response's events, and those of its item in the conversation. LiveKit's client writes down the order in which it
+# gets and needs them, up to the parts' end; of an item's two `done` events neither the SDK's documentation nor a client
+# that we read says which comes first. What stands in the outer parentheses is missing where nothing was said.
 SPOKEN = r"(output_audio(_transcript)?\.delta )*output_audio\.done output_audio_transcript\.done "
 WRITTEN = r"(output_text\.delta )*output_text\.done "
-RESPONSE_ORDER = re.compile(
-    rf"created (output_item\.added content_part\.added ({SPOKEN}|{WRITTEN})content_part\.done output_item\.done )?done "
-)
+ADDED = r"output_item\.added conversation\.item\.added content_part\.added "
+DONE = r"content_part\.done conversation\.item\.done output_item\.done "
+RESPONSE_ORDER = re.compile(rf"created ({ADDED}({SPOKEN}|{WRITTEN}){DONE})?done ")
 
 
 @contextmanager
@@ -127,14 +129,19 @@ class Client:
         """Every response, item and utterance in the documented order."""
         assert self.types()[0] == "session.created"
         ids = [event.response.id for event in self.events if event.type == "response.created"]
+        starts = [event for event in self.events if event.type == "response.output_item.added"]
+        answers = {event.item.id: event.response_id for event in starts}
         for response_id in ids:
-            types = [event.type for event in self.events if response_of(event) == response_id]
+            types = [event.type for event in self.events if response_of(event, answers) == response_id]
             line = "".join(kind.removeprefix("response.") + " " for kind in types)
             assert RESPONSE_ORDER.fullmatch(line), line
         added = [event.item.id for event in self.events if event.type == "conversation.item.added"]
         done = [event.item.id for event in self.events if event.type == "conversation.item.done"]
         assert len(set(added)) == len(added)
         assert set(done) <= set(added)
+        types = self.types()
+        for place in (index for index, kind in enumerate(types) if kind == "input_audio_buffer.committed"):
+            assert types[place + 1 : place + 3] == ["conversation.item.added", "conversation.item.done"]
         heard = [
             (event.type.rpartition(".")[2], event.item_id) for event in self.events
             if event.type.startswith("input_audio_buffer.") and "item_id" in type(event).model_fields
@@ -146,8 +153,10 @@ class Client:
         assert len({event.event_id for event in self.events}) == len(self.events)
 
 
-def response_of(event):
-    """The response that an event belongs to, or None."""
+def response_of(event, answers):
+    """The response that an event belongs to, or None; `answers`: the response of every answer's item."""
+    if event.type in ("conversation.item.added", "conversation.item.done"):
+        return answers.get(event.item.id)
     return event.response.id if hasattr(event, "response") else getattr(event, "response_id", None)
 
 

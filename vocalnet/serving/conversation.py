@@ -10,6 +10,7 @@ import asyncio
 import base64
 import binascii
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -177,7 +178,7 @@ class Conversation:
         self._decoder = Decoder(PCM)
         self._detector: TurnDetector | None = None
         self._slices = 0  # judged by the detector
-        self._failures = self._changes = 0
+        self._failures = self._changes = self._cuts = 0
         self._received = 0  # samples at 16 kHz since the session began
         self._blocks: deque[np.ndarray] = deque()  # of this utterance, for the model; it takes them from its thread
         self._partial = np.zeros(0, np.float32)
@@ -245,7 +246,7 @@ class Conversation:
                 case DeleteItem():
                     self._delete_item(event)
                 case TruncateItem():
-                    self._truncate(event)
+                    await self._truncate(event)
                 case CreateResponse():
                     self.create_response(event.response or ResponseConfig())
                 case CancelResponse():
@@ -485,11 +486,11 @@ class Conversation:
         self._items.remove(item)
         self._emit("conversation.item.deleted", item_id=item.id)
 
-    def _truncate(self, event: TruncateItem) -> None:
+    async def _truncate(self, event: TruncateItem) -> None:
         item = self._items.get(event.item_id, "truncate")
         if item.role != "assistant" or not item.spoken:
             raise ProtocolError("only a spoken answer can be truncated", "item_truncate_invalid_item_id", "item_id")
-        if event.audio_end_ms > item.sound_ms:
+        if event.audio_end_ms > math.ceil(item.sound_ms):  # clients round a part of a millisecond up
             raise ProtocolError(
                 f"audio_end_ms is {event.audio_end_ms}; the item's audio lasts {item.sound_ms:.0f} ms",
                 param="audio_end_ms",
@@ -497,14 +498,18 @@ class Conversation:
         if self._response and self._response.active and self._response.item is item:
             self._finish(self._response, "cancelled", "client_cancelled")
         self._playing_until = 0.0
-        item.sound_ms = float(event.audio_end_ms)
+        item.sound_ms = min(item.sound_ms, float(event.audio_end_ms))
         del item.sound[2 * (event.audio_end_ms * ANSWER_RATE_HZ // 1000) :]
 
         def cut() -> None:
             if item.turn:
                 item.text = self._session.cut(item.turn, event.audio_end_ms)
 
-        _quietly(self._around.lane.post(cut))
+        cutting = self._around.lane.post(cut)
+        _quietly(cutting)
+        await asyncio.wait([cutting])  # whoever retrieves the item from here on gets what was heard
+        self._cuts += 1
+        await self._tap.reached(f"cut {self._cuts}")
         place = {"item_id": item.id, "content_index": 0}
         self._emit("conversation.item.truncated", **place, audio_end_ms=event.audio_end_ms)
 
@@ -709,7 +714,10 @@ class Conversation:
     def _cancel(self, event: CancelResponse) -> None:
         response = self._response
         if not (response and response.active) or event.response_id not in (None, response.id):
-            raise ProtocolError("there is no response to cancel", "response_cancel_not_active")
+            raise ProtocolError(
+                "Cancellation failed: there is no response to cancel",  # LiveKit's client looks for these words
+                "response_cancel_not_active",
+            )
         self._finish(response, "cancelled", "client_cancelled")
 
     # ---- emitting ----
@@ -731,12 +739,12 @@ class Conversation:
             "metadata": response.config.metadata, "usage": self._usage(response) if done else None,
         }  # fmt: skip
 
-    def _usage(self, response: Response) -> Event | None:
-        if response.usage is None or response.made is None:
-            return None
-        read, cached = response.usage["input_tokens"], response.usage["cached_tokens"]
-        audio_in = response.usage["audio_tokens"]
-        text, audio = response.made.text_tokens, response.made.speech_tokens
+    def _usage(self, response: Response) -> Event:
+        """Zeros where nothing was read or made: clients read the numbers of every response."""
+        used = response.usage or {"input_tokens": 0, "cached_tokens": 0, "audio_tokens": 0}
+        read, cached, audio_in = used["input_tokens"], used["cached_tokens"], used["audio_tokens"]
+        made = response.made
+        text, audio = (made.text_tokens, made.speech_tokens) if made else (0, 0)
         return {
             "total_tokens": read + text + audio, "input_tokens": read, "output_tokens": text + audio,
             "input_token_details": {
