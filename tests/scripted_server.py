@@ -95,6 +95,12 @@ class Conversation:
             self.answer = asyncio.ensure_future(self.respond())
         elif event["type"] == "response.cancel" and self.answer:
             self.answer.cancel()
+        elif event["type"] == "conversation.item.truncate":
+            place = {key: event[key] for key in ("item_id", "content_index", "audio_end_ms")}
+            await self.send("conversation.item.truncated", **place)
+        elif event["type"] == "conversation.item.retrieve":
+            content = [{"type": "output_audio", "transcript": "word 0", "audio": ""}]
+            await self.send("conversation.item.retrieved", item={"id": event["item_id"], "content": content})
 
     async def respond(self):
         self.count += 1

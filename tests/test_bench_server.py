@@ -11,7 +11,18 @@ pytest.importorskip("openai", reason="its client helps here")
 from tests.realtime import serving
 from tests.test_session import RATE, speech
 from tests.tiny_model import tiny_model
-from vocalnet.bench.server import Level, LoadConfig, Turn, _account, format_load, measure, plot_load
+from vocalnet.bench.server import (
+    Interruption,
+    Interruptions,
+    Level,
+    LoadConfig,
+    Turn,
+    _account,
+    format_load,
+    measure,
+    measure_interruptions,
+    plot_load,
+)
 from vocalnet.errors import ConfigError
 
 
@@ -45,7 +56,20 @@ def test_sessions_at_once_and_one_too_many(tmp_path):
     assert (len(level.turns), level.refused, level.failed) == (4, 1, 0)
     assert all(0 < turn.first_audio_s < turn.total_s for turn in level.turns)
     assert detected.turns[0].vad_wait_s >= 0.45, "the silence that server_vad waits for"
-    report = {"levels": [level.row()], "server_vad": detected.row()}
-    assert len(format_load(report).splitlines()) == 3
+    report = {"levels": [level.row()], "server_vad": detected.row(), "interruptions": Interruptions(2).row()}
+    assert len(format_load(report).splitlines()) == 6
     plot_load(report, tmp_path / "load.png")
     assert (tmp_path / "load.png").stat().st_size > 1000
+
+
+def test_interruptions_are_timed_from_their_detection(tmp_path):
+    row = Interruptions(2, [Interruption(0.6, 0.002, -0.1), Interruption(0.7, 0.004, 0.003)], too_late=1).row()
+    assert (row["interruptions"], row["too_late"], row["sound_after"]) == (2, 1, 1)
+    assert (row["detected_ms_median"], row["cancelled_ms_median"], row["last_audio_ms_median"]) == (650, 3, -48.5)
+    soundfile.write(tmp_path / "q.wav", speech(0.8), RATE)
+    config = LoadConfig("tiny", (tmp_path / "q.wav",), turns=1, max_sessions=2)
+    with serving(tiny_model(max_text_tokens=96)) as (address, _):
+        cut = asyncio.run(measure_interruptions(f"ws://{address}/v1/realtime", config))
+    assert (len(cut.cut), cut.too_late, cut.failed) == (2, 0, 0)
+    assert all(one.detected_s >= 0.5 for one in cut.cut), "what is shorter is an acknowledgement"
+    assert all(one.cancelled_s >= 0 >= one.last_audio_s for one in cut.cut)

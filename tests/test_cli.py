@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from tests.test_session import RATE, speech
 from tests.tiny_model import tiny_model
 from vocalnet import cli
+from vocalnet.decoding import DecodingMode
 from vocalnet.model import VocalNet
 
 
@@ -44,6 +46,11 @@ def test_every_command_has_help_with_an_example(command):
     result = CliRunner().invoke(cli.app, [command, "--help"])
     assert result.exit_code == 0
     assert f"Example: vocalnet {command}" in " ".join(result.output.split())
+
+
+def test_every_decoding_can_be_chosen():
+    optional, _ = get_args(cli.DecodingOption)
+    assert get_args(optional)[0] == DecodingMode
 
 
 def test_chat_writes_the_answer_and_prints_one_object_a_question(tiny, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import soxr
 
 from tests.tiny_model import tiny_model
 from vocalnet.audio import read_audio
+from vocalnet.decoding import DecodingMode
 from vocalnet.model import VocalNet
 
 pytest.importorskip("gradio", reason="the page needs the extra 'demo'")
@@ -313,6 +315,9 @@ def test_stop_ends_the_sound_and_tells_the_server_what_was_heard(shared, script,
     assert truncate["item_id"].startswith("answer_")
     assert 100 < truncate["audio_end_ms"] < 6000
     assert "response.cancel" in script.types()
+    first = shared.locator(".vn-answer > span").first
+    assert first.inner_text().startswith("word 0 word 1"), "what was said stays to be read"
+    assert first.locator("s").inner_text().strip().startswith("word 1"), "what was not heard is struck out"
     if how != "new question":
         played = heard_at_the_loudspeaker(shared)
         assert len(played) == pytest.approx(truncate["audio_end_ms"] * RATE / 1000, abs=256)
@@ -355,11 +360,13 @@ def test_settings_reach_the_server(shared, script):
     script.pieces = [(recording(0.3), 0)]
     type_question(shared)
     wait_for_answer(shared)
-    shared.get_by_label("verified").check()
+    decodings = shared.get_by_role("radio").evaluate_all("(radios) => radios.map((radio) => radio.value)")
+    assert decodings == list(get_args(DecodingMode))
+    shared.get_by_label("relaxed").check()
     shared.get_by_label("number input for K: MTP modules").fill("3")
     shared.keyboard.press("Tab")
     shared.wait_for_timeout(500)
-    assert script.received[-1]["session"]["vocalnet"] == {"mtp": 3, "decoding": "verified"}
+    assert script.received[-1]["session"]["vocalnet"] == {"mtp": 3, "decoding": "relaxed"}
 
 
 def test_a_new_conversation_starts_empty(shared, script):
@@ -507,6 +514,7 @@ def test_the_server_is_interrupted_by_speech(browser):
         wait_until(page, "document.querySelectorAll('.vn-user').length === 2")
         first = page.locator(".vn-answer").first
         assert "stopped after" in first.inner_text()
+        page.locator(".vn-answer s.vn-unheard").first.wait_for()
         assert page.get_by_role("alert").count() == 0
 
 

@@ -22,6 +22,16 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 ModelOption = Annotated[str, typer.Option("--model", help="mini, or a model folder.")]
 SeedOption = Annotated[int, typer.Option(help="Fixes text, tokens and waveform on one machine.")]
+MtpOption = Annotated[int | None, typer.Option(help="MTP modules to use, 0 to the model's own number.")]
+# spelled out: importing `vocalnet.decoding`, which has the same list, takes as long as importing torch
+DecodingOption = Annotated[
+    Literal["accept-all", "verified", "relaxed"] | None, typer.Option(help="How drafts are used.")
+]
+OutOption = Annotated[Path | None, typer.Option(help="WAV file, or a folder for several answers.")]
+JsonLinesOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a question.")]
+HostOption = Annotated[str, typer.Option(help="Where to listen; beyond this machine only with a key.")]
+PortOption = Annotated[int, typer.Option(help="0 takes a free one.")]
+KeyOption = Annotated[str | None, typer.Option(envvar="VOCALNET_API_KEY", help="What clients must present.")]
 
 
 @app.command()
@@ -29,14 +39,12 @@ def chat(
     questions: Annotated[
         list[Path] | None, typer.Argument(help="Sound files, answered in turn as one conversation.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="WAV file, or a folder for several answers.")] = None,
+    out: OutOption = None,
     model: ModelOption = "mini",
-    mtp: Annotated[int | None, typer.Option(help="MTP modules to use, 0 to the model's own number.")] = None,
-    decoding: Annotated[
-        Literal["accept-all", "verified", "relaxed"] | None, typer.Option(help="How drafts are used.")
-    ] = None,
+    mtp: MtpOption = None,
+    decoding: DecodingOption = None,
     seed: SeedOption = 0,
-    json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object a question.")] = False,
+    json_lines: JsonLinesOption = False,
 ) -> None:
     """Answers spoken questions aloud, while the answer is still being made.
 
@@ -262,10 +270,8 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; an interrupted one goes on.")] = None,
     model: ModelOption = "mini",
     answers: Annotated[Path | None, typer.Option(help="Measure these answers (ITEM.wav) instead of a model's.")] = None,
-    mtp: Annotated[int | None, typer.Option(help="MTP modules to use, 0 to the model's own number.")] = None,
-    decoding: Annotated[
-        Literal["accept-all", "verified", "relaxed"] | None, typer.Option(help="How drafts are used.")
-    ] = None,
+    mtp: MtpOption = None,
+    decoding: DecodingOption = None,
     seed: SeedOption = 0,
     measures: Annotated[str, typer.Option(help="Comma-separated, or all: see the README.")] = "default",
     voice: Annotated[Path | None, typer.Option(help="Recording of the voice that answers should have.")] = None,
@@ -312,12 +318,10 @@ def talk(
     ] = None,
     url: Annotated[str, typer.Option(help="The server's WebSocket.")] = "ws://127.0.0.1:8000/v1/realtime",
     key: Annotated[str, typer.Option(envvar="VOCALNET_API_KEY", help="The server's API key, if it has one.")] = "",
-    out: Annotated[Path | None, typer.Option(help="WAV file, or a folder for several answers.")] = None,
-    mtp: Annotated[int | None, typer.Option(help="MTP modules to use, 0 to the model's own number.")] = None,
-    decoding: Annotated[
-        Literal["accept-all", "verified", "relaxed"] | None, typer.Option(help="How drafts are used.")
-    ] = None,
-    json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object a question.")] = False,
+    out: OutOption = None,
+    mtp: MtpOption = None,
+    decoding: DecodingOption = None,
+    json_lines: JsonLinesOption = False,
 ) -> None:
     """Talks to a running server (`vocalnet serve`) and shows the latency of every answer.
 
@@ -351,15 +355,15 @@ def _extra(name: str) -> Iterator[None]:
 @app.command()
 def serve(
     model: ModelOption = "mini",
-    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    api_key: Annotated[str | None, typer.Option(envvar="VOCALNET_API_KEY", help="What clients must present.")] = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    api_key: KeyOption = None,
     open_to_all: Annotated[bool, typer.Option("--open", help="Listen beyond this machine without a key.")] = False,
     origin: Annotated[list[str] | None, typer.Option(help="Web origins allowed besides the server's own.")] = None,
     max_sessions: Annotated[int, typer.Option(help="Conversations at once; further ones are refused.")] = 4,
     record: Annotated[Path | None, typer.Option(help="Folder for a recording of every conversation.")] = None,
-    mtp: Annotated[int | None, typer.Option(help="MTP modules to use, 0 to the model's own number.")] = None,
-    decoding: Annotated[Literal["accept-all", "verified"] | None, typer.Option(help="How drafts are used.")] = None,
+    mtp: MtpOption = None,
+    decoding: DecodingOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Serves conversations over WebSockets: the OpenAI Realtime protocol at /v1/realtime, plain PCM at /v1/stream.
@@ -383,9 +387,11 @@ def serve(
 @app.command()
 def demo(
     model: ModelOption = "mini",
-    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    api_key: Annotated[str | None, typer.Option(envvar="VOCALNET_API_KEY", help="What the page must present.")] = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    api_key: KeyOption = None,
+    mtp: MtpOption = None,
+    decoding: DecodingOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Serves a voice-chat page, with the real-time server behind it.
@@ -396,7 +402,7 @@ def demo(
         from vocalnet.demo.run import demo as run
         from vocalnet.serving.settings import ServeSettings
 
-    settings = ServeSettings(host=host, port=port, api_key=api_key, seed=seed)
+    settings = ServeSettings(host=host, port=port, api_key=api_key, seed=seed, mtp=mtp, decoding=decoding)
     settings.check_exposure()
     from vocalnet.model import VocalNet
 

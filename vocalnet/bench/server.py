@@ -2,6 +2,7 @@
 
 Every client speaks in real time, commits, waits for the answer, and plays it in real time before its next question, as
 a person would. First audio runs from the last sample of the question leaving here to the first sound arriving here.
+At the end clients speak over their answers, and the time is taken until these have stopped.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ ANSWER_S = 120.0  # for an answer
 BROKEN = 0.05
 """Real time is broken where more than this part of the answers had a gap."""
 SILENCE_MS = 500  # server_vad's
+INTERRUPTERS = 4
+"""Sessions that interrupt at once, or as many as the server takes: alone, an answer is often whole too soon."""
+QUIET = 0.02  # of full scale: what precedes the first word of a question, and must not interrupt
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,46 @@ class Turn:
     late_s: float = 0.0
     total_s: float = 0.0
     audio_s: float = 0.0
+
+
+@dataclass
+class Interruption:
+    """Speech over an answer that was being made, as its client saw it.
+
+    Attributes:
+        detected_s: from the speech's first sample leaving here to `speech_started` arriving here.
+        cancelled_s: from then to the response's end.
+        last_audio_s: from then to the answer's last sound; negative where all of it came before.
+    """
+
+    detected_s: float
+    cancelled_s: float
+    last_audio_s: float
+
+
+@dataclass
+class Interruptions:
+    """All of them.
+
+    Attributes:
+        too_late: answers that were whole before the speech was detected; they count for nothing else.
+    """
+
+    sessions: int
+    cut: list[Interruption] = field(default_factory=list)
+    too_late: int = 0
+    failed: int = 0
+
+    def row(self) -> dict[str, Any]:
+        """As reported: medians and 95th percentiles, in milliseconds; None where nothing was cut."""
+        row: dict[str, Any] = {"sessions": self.sessions, "interruptions": len(self.cut)}
+        row |= {"too_late": self.too_late, "failed": self.failed}
+        for name in ("detected", "cancelled", "last_audio"):
+            times = [1000 * getattr(one, f"{name}_s") for one in self.cut]
+            row[f"{name}_ms_median"] = round(statistics.median(times), 1) if times else None
+            row[f"{name}_ms_p95"] = round(float(np.percentile(times, 95)), 1) if times else None
+        row["sound_after"] = sum(one.last_audio_s > 0 for one in self.cut)
+        return row
 
 
 @dataclass
@@ -136,12 +180,11 @@ class Caller:
         hearing = asyncio.create_task(self._hear())
         try:
             ended = await self._speak(samples)
-            if not self._detect:
+            if self._detect:
+                await self._keep_open(hearing)
+            else:
                 await self._say("input_audio_buffer.commit")
                 await self._say("response.create")
-            while self._detect and not hearing.done():  # the microphone stays open
-                await self._send_sound(np.zeros(int(PIECE_S * ANSWER_RATE_HZ), np.float32))
-                await asyncio.wait([hearing], timeout=PIECE_S)
             chunks, stopped, done = await hearing
         finally:
             hearing.cancel()
@@ -149,6 +192,44 @@ class Caller:
         turn.vad_wait_s = max(0.0, stopped - ended) if self._detect else 0.0
         await asyncio.sleep(max(0.0, chunks[0][0] + turn.audio_s - time.monotonic()))
         return turn
+
+    async def interrupt(self, question: np.ndarray, speech: np.ndarray) -> Interruption | None:
+        """Asks, and speaks over the answer as soon as it is begun; None where that came too late to cut it."""
+        begun = asyncio.Event()
+
+        async def hear() -> list[tuple[float, dict[str, Any]]]:
+            events: list[tuple[float, dict[str, Any]]] = []
+            while not events or events[-1][1]["type"] != "response.done":
+                event = await self._read()
+                if event["type"] == "error":
+                    raise VocalNetError(event["error"]["message"])
+                if event["type"] == "response.created":
+                    begun.set()
+                events.append((time.monotonic(), event))
+            return events
+
+        hearing = asyncio.create_task(hear())
+        try:
+            await self._speak(question)
+            await self._keep_open(hearing, begun.is_set)
+            spoke = time.monotonic()
+            await self._speak(speech)
+            await self._keep_open(hearing)
+            events = await hearing
+        finally:
+            hearing.cancel()
+        ended, last = events[-1]
+        if (last["response"]["status_details"] or {}).get("reason") != "turn_detected":
+            return None
+        started = max(at for at, event in events if event["type"] == "input_audio_buffer.speech_started")
+        sound = [at for at, event in events if event["type"] == "response.output_audio.delta"]
+        return Interruption(started - spoke, ended - started, max(sound, default=spoke) - started)
+
+    async def _keep_open(self, hearing: asyncio.Task[Any], long_enough: Callable[[], bool] = lambda: False) -> None:
+        """The microphone's silence, until what is waited for has been heard."""
+        while not (hearing.done() or long_enough()):
+            await self._send_sound(np.zeros(int(PIECE_S * ANSWER_RATE_HZ), np.float32))
+            await asyncio.wait([hearing], timeout=PIECE_S)
 
     async def _speak(self, samples: np.ndarray) -> float:
         """At the pace of speech; returns when the last sample left."""
@@ -224,6 +305,35 @@ async def measure(url: str, config: LoadConfig, sessions: int, detect_turns: boo
     return level
 
 
+async def measure_interruptions(url: str, config: LoadConfig) -> Interruptions:
+    """Several sessions at once, each of which interrupts as many answers as there are turns."""
+    from websockets.asyncio.client import connect
+    from websockets.exceptions import WebSocketException
+
+    result = Interruptions(min(INTERRUPTERS, config.max_sessions))
+    sounds = [read_audio(path, ANSWER_RATE_HZ) for path in config.questions]
+
+    async def session(number: int) -> None:
+        for turn in range(config.turns):
+            question, other = (sounds[(number + turn + i) % len(sounds)] for i in range(2))
+            try:
+                async with connect(url, max_size=None) as socket:
+                    caller = Caller(socket, detect_turns=True)
+                    await caller.begin()
+                    cut = await caller.interrupt(question, other[np.argmax(np.abs(other) > QUIET) :])
+            except (VocalNetError, WebSocketException, OSError, asyncio.TimeoutError):
+                result.failed += 1
+                continue
+            if cut:
+                result.cut.append(cut)
+            else:
+                result.too_late += 1
+
+    await asyncio.gather(*(session(number) for number in range(result.sessions)))
+    await _until_empty(url)
+    return result
+
+
 async def _until_empty(url: str) -> None:
     """Until the server has noticed that all have left, so that the next level finds its places free."""
     address = url.replace("ws://", "http://").removesuffix("/v1/realtime") + "/metrics"
@@ -274,7 +384,7 @@ async def server_process(config: LoadConfig) -> AsyncIterator[str]:
 
 
 async def run_load(config: LoadConfig, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """All levels, until one breaks real time; then one session with turn detection."""
+    """All levels, until one breaks real time; then one session with turn detection; then interruptions."""
     async with server_process(config) as url:
         await measure(url, LoadConfig(config.model, config.questions, turns=1), 1)  # warms up
         rows = []
@@ -287,8 +397,11 @@ async def run_load(config: LoadConfig, say: Callable[[str], None] = lambda _: No
                 break
         say("one session with turn detection …")
         detected = await measure(url, config, 1, detect_turns=True)
+        say("interruptions …")
+        cut = await measure_interruptions(url, config)
     settings = {"turns": config.turns, "max_sessions": config.max_sessions, "model": config.model}
-    return {"machine": machine(), "settings": settings, "levels": rows, "server_vad": detected.row()}
+    parts = {"levels": rows, "server_vad": detected.row(), "interruptions": cut.row()}
+    return {"machine": machine(), "settings": settings, **parts}
 
 
 def run_server_bench(config: LoadConfig, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -297,14 +410,25 @@ def run_server_bench(config: LoadConfig, say: Callable[[str], None] = lambda _: 
 
 
 def format_load(report: dict[str, Any]) -> str:
-    """The levels as a table."""
+    """The levels as a table, and the interruptions as another."""
     names = {
         "sessions": "sessions", "answers": "answers", "refused": "refused", "failed": "failed",
         "first_audio_ms_median": "first audio ms", "first_audio_ms_p95": "p95", "vad_wait_ms_median": "VAD wait ms",
         "rtf_median": "RTF", "underruns": "with gaps", "late_ms_worst": "worst gap ms",
     }  # fmt: skip
-    rows = [list(names.values())]
-    rows += [[str(row[key]) for key in names] for row in [*report["levels"], report["server_vad"]]]
+    cut = {
+        "sessions": "sessions", "interruptions": "answers cut", "too_late": "too late", "failed": "failed",
+        "detected_ms_median": "speech detected after ms", "detected_ms_p95": "p95",
+        "cancelled_ms_median": "then cancelled after ms", "cancelled_ms_p95": "p95",
+        "last_audio_ms_median": "last sound after ms", "last_audio_ms_p95": "p95", "sound_after": "with sound after",
+    }  # fmt: skip
+    levels = _table(names, [*report["levels"], report["server_vad"]])
+    return f"{levels}\n\n{_table(cut, [report['interruptions']])}"
+
+
+def _table(names: dict[str, str], reported: list[dict[str, Any]]) -> str:
+    """Columns as named."""
+    rows = [list(names.values()), *([str(row[key]) for key in names] for row in reported)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(names))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args
 
-from vocalnet.model import GenerationConfig
+from vocalnet.decoding import DecodingMode
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -42,15 +42,15 @@ class PageSettings:
     max_mtp: int
     mtp: int
     decoding: str
-    decodings: tuple[str, ...] = ("accept-all", "verified")
+    decodings: tuple[str, ...] = get_args(DecodingMode)
 
     @classmethod
-    def of(cls, model: VocalNet) -> PageSettings:
-        """What `model` can do, and what it does unless told otherwise."""
+    def of(cls, model: VocalNet, mtp: int | None = None, decoding: str | None = None) -> PageSettings:
+        """What `model` can do, and what it does unless told otherwise: here, or by the page's user."""
         generation = model.config.generation
-        modes = get_args(get_type_hints(GenerationConfig)["decoding"])
         most = model.speech_decoder.config.mtp_modules
-        return cls(model.config.name, most, generation.mtp, generation.decoding, modes)
+        first = generation.mtp if mtp is None else mtp
+        return cls(model.config.name, most, first, decoding or generation.decoding)
 
 
 def build_page(settings: PageSettings) -> Blocks:
@@ -98,7 +98,8 @@ def _generation_settings(settings: PageSettings) -> tuple[Any, Any]:
             list(settings.decodings),
             value=settings.decoding,
             label="Decoding",
-            info="accept-all: every draft is spoken; verified: only what the decoder itself would have said",
+            info="accept-all: every draft is spoken; verified: only what the decoder itself would have said; "
+            "relaxed: also what is nearly as likely, or nearly the same sound",
         )
     return mtp, decoding
 

@@ -23,7 +23,7 @@ def demo(model: VocalNet, settings: ServeSettings) -> None:
     """Serves the page and the conversations that it holds, until SIGTERM or SIGINT."""
 
     def add_page(app: Starlette, address: str) -> None:
-        mount_page(app, PageSettings.of(model))
+        mount_page(app, PageSettings.of(model, settings.mtp, settings.decoding))
         print(f"open {page_address(address, settings.api_key)} in a browser (Ctrl-C ends)", file=sys.stderr, flush=True)
 
     serve(model, settings, add_page)

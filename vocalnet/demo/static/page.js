@@ -50,6 +50,15 @@ class Answer {
     this.foot.append(this.link);
   }
 
+  // After an interruption: what the model remembers, and what it forgot because nobody heard it.
+  showHeard(transcript) {
+    const whole = this.text.textContent;
+    const rest = whole.startsWith(transcript) ? whole.slice(transcript.length) : "";
+    const title = "Not heard: the model has forgotten it.";
+    this.text.replaceChildren(transcript);
+    if (rest) this.text.append(element("s", { className: "vn-unheard", textContent: rest, title }));
+  }
+
   note(text) {
     this.foot.append(element("span", { textContent: text }));
   }
@@ -295,6 +304,10 @@ class Page {
     on("response.output_text.delta", ({ item_id, delta }) => this.showText(item_id, delta));
     on("response.output_audio.delta", ({ item_id, delta }) => this.onSound(item_id, fromBase64(delta)));
     on("response.output_audio.done", ({ item_id }) => this.onSoundDone(item_id));
+    on("conversation.item.truncated", ({ item_id }) => connection.send("conversation.item.retrieve", { item_id }));
+    on("conversation.item.retrieved", ({ item }) => {
+      this.byItem.get(item.id)?.showHeard(item.content[0]?.transcript ?? "");
+    });
     on("vocalnet.response.latency", (event) => this.onLatency(event));
     on("response.done", ({ response }) => this.onResponseDone(response));
     on("error", ({ error }) => error.code !== LATE_CANCEL && this.showAlert(error.message));
