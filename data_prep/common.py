@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vocalnet.checkpoints.fetch import sha256_of
 from vocalnet.errors import DataError
+from vocalnet.files import replacing
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,11 @@ def atomic_write(path: Path, content: bytes) -> None:
     Raises:
         DataError: the disk is full or the folder not writable.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise DataError(f"cannot write {path} ({error.strerror}); make room or choose another --data folder") from None
 
 

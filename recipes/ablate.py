@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from vocalnet.config import from_dict, load_yaml, with_overrides
 from vocalnet.decoding import DecodingConfig, generate_chunk
 from vocalnet.errors import ConfigError, VocalNetError
 from vocalnet.evaluation.statistics import mean, ratio
+from vocalnet.files import write_json, write_text
 from vocalnet.model import VOCODERS, VocalNetConfig, model_folder
 from vocalnet.parts import CONFIG_FILE, WEIGHTS_FILE, load_part, read_json
 from vocalnet.sampling import SamplingConfig
@@ -275,9 +275,7 @@ def write_results(recipe: Ablation, done: Sequence[Cell]) -> None:
         "training": training,
         "cells": [asdict(cell) for cell in done],
     }
-    temporary = recipe.output / ".ablation.json.tmp"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, recipe.output / "ablation.json")
+    write_json(recipe.output / "ablation.json", record)
 
 
 def table(done: Sequence[Cell]) -> str:
@@ -345,7 +343,7 @@ def ablate(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     if not train_heads(recipe):
         raise KeyboardInterrupt
     done = evaluate_heads(recipe)
-    (recipe.output / "ablation.md").write_text(table(done))
+    write_text(recipe.output / "ablation.md", table(done))
     plot(done, recipe.output / "ablation.png")
     return done
 

@@ -20,13 +20,14 @@ from rich.table import Table
 
 from vocalnet.bench import machine
 from vocalnet.errors import DataError, VocalNetError
-from vocalnet.evaluation.command import chosen_measures, write_page
+from vocalnet.evaluation.command import chosen_measures
 from vocalnet.evaluation.items import Item
 from vocalnet.evaluation.report import LABELS, STYLE, page, write
-from vocalnet.evaluation.run import PAGE, evaluate, write_json
+from vocalnet.evaluation.run import PAGE, evaluate
 from vocalnet.evaluation.suites import MINI_QA
 from vocalnet.evaluation.suites.tables import safe_id
 from vocalnet.evaluation.worker import Settings, load_worker
+from vocalnet.files import write_json, write_text
 from vocalnet.model import VocalNet
 
 COLUMNS = (
@@ -97,7 +98,7 @@ def speak(args: argparse.Namespace, items: list[Item], model: VocalNet, k: int, 
     name = f"k{k}-{mode}"
     out = args.out / name
     report = evaluate("tts", items, settings, out, make=lambda: load_worker(settings, out, lambda _: model))
-    write_page(out / PAGE, page(report, out, items, f"K = {k}, {mode}"))
+    write_text(out / PAGE, page(report, out, items, f"K = {k}, {mode}"))
     return {"mtp": k, "decoding": mode, "folder": name, "scores": report["scores"]}
 
 
@@ -138,7 +139,7 @@ def main(given: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_json(args.out / "tts.json", {"model": args.model, "texts": len(items), "machine": machine(), "rows": rows})
-    write_page(args.out / "tts.html", table_page(rows, f"Speech of {args.model}: {len(items)} texts"))
+    write_text(args.out / "tts.html", table_page(rows, f"Speech of {args.model}: {len(items)} texts"))
     table = Table("", *(f"K = {row['mtp']}\n{row['decoding']}" for row in rows), box=None)
     for key in COLUMNS:
         table.add_row(LABELS[key][0], *(shown(row["scores"], key).partition(" (")[0] for row in rows))

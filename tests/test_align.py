@@ -142,6 +142,27 @@ def test_phases_hand_on_to_each_other(config, data, tmp_path):
     assert len(AlignTask(both, data, seed=0).parameter_groups()) == 2
 
 
+def test_an_adapter_learns_new_words_and_keeps_what_it_knew(config, data, tmp_path):
+    small = tmp_path / "small"
+    shutil.copytree(data, small)
+    for split in ("train", "valid"):
+        texts = small / "texts" / f"{split}.jsonl"
+        texts.write_text("".join(line for line in texts.open() if "bee" not in line))
+    for archive in (small / "question_features").glob("*.tar"):
+        with tarfile.open(data / "question_features" / archive.name) as whole, tarfile.open(archive, "w") as part:
+            for member in whole:
+                if "bee" not in member.name:
+                    part.addfile(member, whole.extractfile(member))
+    first = AlignTask(config, small, seed=0)
+    first.export(tmp_path / "first")
+    second = AlignTask(replace(config, init_adapter=tmp_path / "first" / "adapter"), data, seed=0)
+    before, after = first.model.adapter, second.model.adapter
+    assert set(after.vocabulary.tolist()) - set(before.vocabulary.tolist()) == {WORDS.index("bee")}
+    assert after.table.abs().sum(1).all()  # every word has its embedding
+    frames = torch.randn(1, 20, ENCODER_WIDTH)
+    assert torch.equal(before.eval()(frames)[0], after.eval()(frames)[0])
+
+
 @pytest.mark.parametrize("mode", ["collapsed", "frames"])
 def test_answers_train_adapter_and_lora(config, data, mode):
     config = replace(config, phase="answers", adapter=replace(config.adapter, mode=mode), kl_weight=0.5)

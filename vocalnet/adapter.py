@@ -12,7 +12,7 @@ Two ways to feed the LLM:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -82,6 +82,13 @@ class SpeechAdapter(nn.Module):
         if len(ids) != self.config.vocabulary:
             raise ConfigError(f"{len(ids)} distinct token ids; adapter.vocabulary is {self.config.vocabulary}")
         self.vocabulary.copy_(torch.tensor(ids))
+
+    def with_vocabulary(self, token_ids: Sequence[int]) -> SpeechAdapter:
+        """The same adapter with a CTC head that knows other LLM tokens; its weights do not depend on them."""
+        ids = sorted(set(token_ids))
+        other = SpeechAdapter(replace(self.config, vocabulary=len(ids)))
+        other.load_state_dict(self.state_dict() | {"vocabulary": torch.tensor(ids)})
+        return other
 
     def attach(self, embeddings: Tensor) -> None:
         """Takes the vocabulary's rows of the LLM's input embedding table (all tokens, width)."""

@@ -13,6 +13,7 @@ from torch import nn
 from vocalnet.checkpoints.tensors import FolderWeights, empty, fit
 from vocalnet.config import from_dict, to_dict
 from vocalnet.errors import CheckpointError
+from vocalnet.files import replacing, write_json
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -44,12 +45,9 @@ def save_part(module: nn.Module, config: Any, folder: Path, dtype: torch.dtype |
         name: (value.to(dtype) if dtype is not None and value.is_floating_point() else value).contiguous().cpu()
         for name, value in module.state_dict().items()
     }
-    temporary = folder / f".{WEIGHTS_FILE}.tmp"
-    save_file(state, temporary)
-    temporary.rename(folder / WEIGHTS_FILE)
-    temporary = folder / f".{CONFIG_FILE}.tmp"
-    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    temporary.rename(folder / CONFIG_FILE)
+    with replacing(folder / WEIGHTS_FILE) as temporary:
+        save_file(state, temporary)
+    write_json(folder / CONFIG_FILE, to_dict(config))
 
 
 def load_part(

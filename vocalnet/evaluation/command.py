@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -16,11 +15,12 @@ from vocalnet.evaluation.degrade import STANDARD, under
 from vocalnet.evaluation.executors import executor
 from vocalnet.evaluation.items import Item
 from vocalnet.evaluation.report import LABELS, label_of, page, write
-from vocalnet.evaluation.run import PAGE, evaluate, write_json
+from vocalnet.evaluation.run import PAGE, evaluate
 from vocalnet.evaluation.speech import unavailable
 from vocalnet.evaluation.suites import MINI_QA, Suite, find_suite, read_items
 from vocalnet.evaluation.suites.hub import fetch_suite
 from vocalnet.evaluation.worker import DEFAULT_MEASURES, Measure, Settings
+from vocalnet.files import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def run_eval(options: Options, settings: Settings) -> dict[str, Any]:
         notes.append("a sample of our own in the published form, not the published data")
     work = executor(options.jobs, options.ray)
     report = evaluate(suite.name, items, settings, out, work, options.fresh, notes=notes)
-    write_page(out / PAGE, page(report, out, items, f"{suite.title} · {source}"))
+    write_text(out / PAGE, page(report, out, items, f"{suite.title} · {source}"))
     show(report, out)
     return report
 
@@ -145,15 +145,8 @@ def run_compare(first: Path, second: Path, out: Path | None) -> dict[str, Any]:
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "comparison.json", result)
-        write_page(out / "comparison.html", comparison_page(result, *reports, [str(first), str(second)]))
+        write_text(out / "comparison.html", comparison_page(result, *reports, [str(first), str(second)]))
     return result
-
-
-def write_page(path: Path, text: str) -> None:
-    """Writes atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def show(report: dict[str, Any], out: Path) -> None:

@@ -27,16 +27,10 @@ from vocalnet.evaluation.executors import Executor, Serial
 from vocalnet.evaluation.items import Item
 from vocalnet.evaluation.summary import summarise
 from vocalnet.evaluation.worker import Result, Settings, Worker, load_worker
+from vocalnet.files import write_json
 
 LINE_EVERY_S = 30.0
 RUN, RESULTS, REPORT, PAGE = "run.json", "results.jsonl", "report.json", "report.html"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes atomically: the file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def _fingerprint(items: Sequence[Item]) -> str:

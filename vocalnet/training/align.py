@@ -227,18 +227,21 @@ class AlignTask:
         self.suffix = torch.tensor(self.prompt.suffix_ids())
 
     def _make_adapter(self, embeddings: Tensor) -> SpeechAdapter:
-        """The adapter to train: loaded, or new with the vocabulary of all training questions, spoken or not."""
+        """The adapter to train: new with the vocabulary of all training questions, or loaded and taught new words."""
+        vocabulary = sorted({token for question in self.texts.values() for token in question.ids})
+        trained = self.config.phase == "ctc" or self.config.train_adapter
         if self.config.init_adapter is not None:
             adapter = load_part(SpeechAdapter, AdapterConfig, self.config.init_adapter)
+            if trained and adapter.config.vocabulary:
+                adapter = adapter.with_vocabulary(vocabulary + adapter.vocabulary.tolist())
         else:
-            vocabulary = sorted({token for question in self.texts.values() for token in question.ids})
             torch.manual_seed(self.seed)
             adapter = SpeechAdapter(
                 replace(self.config.adapter, vocabulary=len(vocabulary), width=embeddings.shape[-1])
             )
             adapter.set_vocabulary(vocabulary)
         adapter.attach(embeddings.float())
-        return adapter.requires_grad_(self.config.phase == "ctc" or self.config.train_adapter)
+        return adapter.requires_grad_(trained)
 
     # The engine's side
 

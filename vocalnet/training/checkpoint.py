@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vocalnet.errors import CheckpointError
+from vocalnet.files import replacing
 
 KEPT = 2
 """Checkpoints kept on disk: the newest, and one before it in case the disk loses the newest."""
@@ -108,16 +109,13 @@ def save_checkpoint(folder: Path, step: int, content: dict[str, Any]) -> Path:
         CheckpointError: the file cannot be written, for example because the disk is full.
     """
     path = folder / f"step-{step:09d}.pt"
-    temporary = path.with_suffix(".pt.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error}; make room, then run again to resume") from error
     for old in checkpoint_files(folder)[:-KEPT]:
         old.unlink()

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
-import os
 import signal
 import sys
 import time
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 
 from vocalnet.config import from_dict, load_yaml, to_dict, with_overrides
 from vocalnet.errors import CheckpointError, ConfigError, DataError, VocalNetError
+from vocalnet.files import write_json
 from vocalnet.training.checkpoint import (
     Position,
     checkpoint_files,
@@ -420,10 +419,7 @@ class Engine:
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": machine(str(self.accelerator.device), self.accelerator.num_processes),
         }
-        path = self.recipe.output / "result.json"
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(temporary, path)
+        write_json(self.recipe.output / "result.json", result)
 
 
 def _one_line(metrics: dict[str, float]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import tarfile
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from rich.progress import track
 from torch import Tensor
 
 from vocalnet.errors import ConfigError, DataError
+from vocalnet.files import replacing
 from vocalnet.parts import load_part
 from vocalnet.shards import read_arrays
 from vocalnet.speech_tokenizer import SpeechTokenizer, TokenizerConfig
@@ -228,14 +228,13 @@ def write_predicted_mels(
     folder = data / "predicted_mels"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{split}-00000.tar"
-    partial = target.with_suffix(".tmp")
     groups: list[list[str]] = [[]]
     for name in sorted(tokens, key=lambda name: len(tokens[name])):
         if groups[-1] and len(tokens[name]) * (len(groups[-1]) + 1) > batch_tokens:
             groups.append([])
         groups[-1].append(name)
     device = flow.encoder_proj.weight.device
-    with tarfile.open(partial, "w") as tar:
+    with replacing(target) as temporary, tarfile.open(temporary, "w") as tar:
         for group in track([group for group in groups if group], description=f"predicted mels, {split}"):
             rows = [tokens[name] for name in group]
             lengths = torch.tensor([len(row) for row in rows], device=device)
@@ -248,7 +247,6 @@ def write_predicted_mels(
                 member.size = content.tell()
                 content.seek(0)
                 tar.addfile(member, content)
-    os.replace(partial, target)
     return target
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vocalnet.batch import generate_batch
+from vocalnet.files import replacing
 from vocalnet.sampling import SamplingConfig
 from vocalnet.speech_decoder import SpeechDecoder
 
@@ -60,11 +60,10 @@ def own_answers(
         if not file.is_file():
             chosen = range(start, min(start + ANSWERS_PER_FILE, len(lengths)))
             made = _generate(decoder, text, chosen, lengths, temperature, seed + start)
-            temporary = file.with_suffix(".tmp")
             sizes = torch.tensor([len(row) for row in made], dtype=torch.int32)
             tokens = torch.tensor([token for row in made for token in row], dtype=torch.int32)
-            save_file({"tokens": tokens, "lengths": sizes}, temporary)
-            os.replace(temporary, file)
+            with replacing(file) as temporary:
+                save_file({"tokens": tokens, "lengths": sizes}, temporary)
         part = load_file(file)
         answers += part["tokens"].long().split(part["lengths"].tolist())
     return answers

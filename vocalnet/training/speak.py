@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from vocalnet.config import to_dict
 from vocalnet.decoding import generate_chunk
 from vocalnet.errors import ConfigError, DataError
+from vocalnet.files import replacing
 from vocalnet.parts import load_part, save_part
 from vocalnet.prompt import ChatPrompt, Turn
 from vocalnet.sampling import SamplingConfig, draw
@@ -260,9 +260,8 @@ class AnswerStates:
                 "ids": torch.tensor([token for row in ids for token in row], dtype=torch.int32),
                 "lengths": torch.tensor([len(row) for row in ids], dtype=torch.int32),
             }
-            temporary = self._file(index).with_suffix(".tmp")
-            save_file(tensors, temporary)
-            os.replace(temporary, self._file(index))
+            with replacing(self._file(index)) as temporary:
+                save_file(tensors, temporary)
 
     def _compute(self, backbone: Any, pairs: Sequence[Pair]) -> tuple[list[Tensor], list[list[int]]]:
         """Per pair (T, D) states after each answer token, and the tokens, without the closing one."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vocalnet.audio import ANSWER_RATE_HZ, mel_24k, mel_filters
 from vocalnet.errors import DataError
+from vocalnet.files import write_json
 from vocalnet.parts import load_part, save_part
 from vocalnet.shards import read_arrays, text_id
 from vocalnet.vocoder.source_filter import (
@@ -111,8 +112,7 @@ def prepare_targets(
         file.close()
         (folder / f"{name}.bin.part").replace(folder / f"{name}.bin")
     content = {"format": TARGETS_FORMAT, "frames": frames, "sentences": index}
-    (folder / "index.json.part").write_text(json.dumps(content))
-    (folder / "index.json.part").replace(folder / "index.json")
+    write_json(folder / "index.json", content, indent=0)
 
 
 @dataclass(frozen=True)
