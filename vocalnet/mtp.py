@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vocalnet.errors import ConfigError
-from vocalnet.layers import LayerConfig, LlamaLayer, PackedLinear, Precision, RMSNorm, pack_module
+from vocalnet.layers import LayerConfig, LlamaLayer, PackedLinear, Precision, RMSNorm, pack_module, pack_output
 
 RunLayer = Callable[[LlamaLayer, Tensor, int], Tensor]
 """(layer, hidden (B, rows, width), depth) → hidden (B, rows, width): attention sees what depth `depth` may see."""
@@ -126,7 +126,7 @@ class Head(nn.Module):
 
     def pack(self, precision: Precision) -> None:
         """Inference form of the head."""
-        self.packed = pack_module([self.output_proj], precision, self.norm_final)
+        self.packed = pack_output(self.output_proj, precision, self.norm_final)
 
 
 class SequentialModule(Head):
@@ -304,7 +304,7 @@ class DeepSeekMTP(nn.ModuleList, MTPHead):
         """See `MTPHead.pack`."""
         for module in self:
             cast(ConditionedModule, module).pack(precision)
-        self.packed_output = pack_module([output], precision)
+        self.packed_output = pack_output(output, precision)
 
     def _module(self, depth: int) -> ConditionedModule:
         return cast(ConditionedModule, self[depth - 1])
@@ -349,7 +349,7 @@ class LeapModule(Head):
     def pack(self, precision: Precision) -> None:
         """Inference form of block and head."""
         self.packed_residual = pack_module([self.residual], precision)
-        self.packed = pack_module([self.output_proj], precision)
+        self.packed = pack_output(self.output_proj, precision)
 
 
 class LeapMTP(nn.ModuleList, MTPHead):

@@ -30,8 +30,9 @@ from vocalnet.layers import (
     RMSNorm,
     Rotary,
     Rotation,
+    cache_dtype,
     compute_dtype,
-    pack_module,
+    pack_output,
     rotate,
 )
 from vocalnet.mask import last_speech_row, training_mask, visible_text, visible_text_count
@@ -230,7 +231,7 @@ class SpeechDecoder(nn.Module):
         self.mtp_layers = make_head(config.mtp_head, config.layer, config.vocabulary, config.mtp_modules)
         self.rotary = Rotary(config.layer.size, config.rotary_base)
         self.packed_output: PackedLinear | None = None
-        self.dtype = torch.float32
+        self.dtype = self.cache_dtype = torch.float32
         self._tables: dict[tuple[int, int, torch.dtype], tuple[Rotation, Rotation]] = {}
         self._biases: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
@@ -357,8 +358,8 @@ class SpeechDecoder(nn.Module):
         for layer in layers_of(self.encode_layers) + layers_of(self.decode_layers):
             layer.pack(precision)
         self.mtp_layers.pack(precision, self.output_proj)
-        self.packed_output = pack_module([self.output_proj], precision, self.norm)
-        self.dtype = compute_dtype(precision)
+        self.packed_output = pack_output(self.output_proj, precision, self.norm)
+        self.dtype, self.cache_dtype = compute_dtype(precision), cache_dtype(precision, self.embedding.weight.device)
         self.to(self.dtype).requires_grad_(False).eval()
 
     def init_state(
@@ -391,10 +392,8 @@ class SpeechDecoder(nn.Module):
         device = self.embedding.weight.device
 
         def caches(layers: Sequence[LayerConfig], capacity: int) -> list[KVCache]:
-            found = [KVCache.allocate(batch, layer, capacity, self.dtype, device) for layer in layers]
-            for cache in found if fixed else []:
-                cache.pair.zero_()  # rows not yet written take part, with weight zero
-            return found
+            # With fixed shapes rows not yet written take part, with weight zero.
+            return [KVCache.allocate(batch, layer, capacity, self.cache_dtype, device, fixed) for layer in layers]
 
         common = max_text + max_speech
         return SpeechState(
@@ -644,7 +643,7 @@ class SpeechDecoder(nn.Module):
             return (first, last), mask
         start = state.max_text - state.text_rows
         both = torch.full(
-            (texts + size, last - start), float("-inf"), dtype=self.dtype, device=self.embedding.weight.device
+            (texts + size, last - start), float("-inf"), dtype=self.cache_dtype, device=self.embedding.weight.device
         )
         both[texts:, first - start :] = 0 if mask is None else mask
         text = both[:texts, : state.text_rows]
@@ -690,9 +689,11 @@ class SpeechDecoder(nn.Module):
 
     def _causal_bias(self, size: int, capacity: int) -> Tensor:
         """(size, capacity) to add to scores: of the newest `size` columns each row sees those up to its own."""
-        key = (size, capacity, self.dtype)
+        key = (size, capacity, self.cache_dtype)
         if key not in self._biases:
-            bias = torch.full((size, capacity), float("-inf"), dtype=self.dtype, device=self.embedding.weight.device)
+            bias = torch.full(
+                (size, capacity), float("-inf"), dtype=self.cache_dtype, device=self.embedding.weight.device
+            )
             self._biases[key] = bias.triu_(capacity - size + 1)
         return self._biases[key]
 

@@ -28,7 +28,7 @@ from vocalnet.bench.report import machine
 from vocalnet.config import from_dict
 from vocalnet.decoding import generate_chunk
 from vocalnet.errors import ConfigError
-from vocalnet.layers import DenseLinear, Int8Linear, LlamaLayer, PackedLinear, Precision, int8_available
+from vocalnet.layers import DenseLinear, HalfLinear, Int8Linear, LlamaLayer, PackedLinear, Precision, int8_available
 from vocalnet.lockstep import Lockstep
 from vocalnet.model import MINI
 from vocalnet.mtp import MTP_HEADS, check_kind
@@ -163,6 +163,7 @@ def recorded(work: Work) -> Iterator[None]:
 
     with (
         patch.object(DenseLinear, "__call__", noting(DenseLinear.__call__)),
+        patch.object(HalfLinear, "__call__", noting(HalfLinear.__call__)),
         patch.object(Int8Linear, "__call__", noting(Int8Linear.__call__)),
         patch.object(LlamaLayer, "step", counted),
     ):
@@ -226,9 +227,8 @@ def plain(products: list[tuple[PackedLinear, Tensor]]) -> list[tuple[Callable[[T
     weights: dict[int, Tensor] = {}
     calls: list[tuple[Callable[[Tensor], Tensor], Tensor]] = []
     for linear, x in products:
-        assert isinstance(linear, DenseLinear)
-        shape = tuple(linear.weight.shape)
-        weight = weights.setdefault(id(linear), torch.full(shape, 0.01, dtype=x.dtype))
+        assert not isinstance(linear, Int8Linear)
+        weight = weights.setdefault(id(linear), torch.full(linear.shape, 0.01, dtype=x.dtype))
         calls.append((lambda y, weight=weight: F.linear(y, weight), x))  # type: ignore[misc]
     return calls
 

@@ -1,8 +1,8 @@
 """Client events of the Realtime protocol, checked; names and fields as in OpenAI's generally available form.
 
 A field that would change the answer and cannot be honoured (tools, input of its own, a playback speed) is refused with
-an error. A field that is only a wish (model, voice, noise reduction, tracing, instructions, truncation and such) is
-accepted, and `session.updated` shows what is in force.
+an error. A field that is only a wish (model, voice, noise reduction, tracing, instructions) is accepted, and
+`session.updated` shows what is in force.
 """
 
 from __future__ import annotations
@@ -273,7 +273,6 @@ def updated(config: SessionConfig, patch: dict[str, Any]) -> SessionConfig:
     except ValidationError as error:
         raise _explain(error, patch, "session") from error
     new.instructions, new.tracing, new.reasoning, new.include = "", None, None, None
-    new.truncation, new.tool_choice, new.parallel_tool_calls = "auto", "auto", None
     new.audio.input.noise_reduction, new.audio.output.voice = None, config.audio.output.voice
     return new
 
