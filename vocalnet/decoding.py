@@ -22,7 +22,7 @@ from vocalnet.errors import ConfigError
 from vocalnet.sampling import SamplingConfig, draw, penalise, probabilities
 
 if TYPE_CHECKING:
-    from vocalnet.speech_decoder import SpeechDecoder, SpeechState
+    from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig, SpeechState
 
 DecodingMode = Literal["accept-all", "verified", "relaxed"]
 
@@ -193,28 +193,16 @@ class _Step:
         return self.decoder.speech_room(state) + 1 - state.speech_rows
 
     def scores(self, logits: Tensor, tokens: Sequence[Tensor]) -> Tensor:
-        """Logits (1, n, vocabulary) of the next n tokens, penalised for what comes before and specials forbidden.
-
-        Args:
-            tokens: n - 1 further tokens (1,) each at least, row i comes after tokens[:i]; for one row, all of them.
+        """`allowed_scores` of the next n tokens (1, n, vocabulary), which come after `tokens`.
 
         EOS stays where all of a complete text is visible: whether it may end then does not depend on when text arrived.
         """
-        decoder, state, sampling = self.decoder, self.state, self.sampling
-        config, logits = decoder.config, logits.float()
-        rows = logits.shape[1]
+        decoder, state, rows = self.decoder, self.state, logits.shape[1]
         first = len(state.generated) + (len(tokens) if rows == 1 else 0)
-        if not config.compatible:
-            logits[..., config.units : config.eos] = float("-inf")
-            logits[..., config.eos + 1 :] = float("-inf")
-            for i in range(rows):
-                if not state.text_complete or decoder.visible_texts(state, first + i) < state.text_rows:
-                    logits[:, i, config.eos] = float("-inf")
-        if sampling.repetition_penalty == 1 or not sampling.penalty_window:
-            return logits
-        history = torch.cat((self._recent(), *(token[:, None] for token in tokens)), 1)
-        history = history[:, -(sampling.penalty_window + rows - 1) :].unfold(1, sampling.penalty_window, 1)
-        return penalise(logits.flatten(0, 1), history.flatten(0, 1), sampling, config.compatible).view(logits.shape)
+        may_end = [
+            state.text_complete and decoder.visible_texts(state, first + i) >= state.text_rows for i in range(rows)
+        ]
+        return allowed_scores(logits, decoder.config, may_end, self._recent(), tokens, self.sampling)
 
     def _verify(self, logits: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
         """How many drafts pass (1,), and the certain token after them (1,).
@@ -246,11 +234,8 @@ class _Chosen:
         """Logits (1, vocabulary) → the token (1,)."""
         step = self.step
         scores = step.scores(logits[:, None], self.tokens)[:, 0]
-        if step.sampling.temperature == 0:
-            token = scores.argmax(-1)
-        else:
-            law = probabilities(scores, step.sampling)
-            token = draw(law, step.generator)
+        token, law = choose(scores, step.sampling, step.generator)
+        if law is not None:
             self.laws.append(law)
         if step.config.confidence:
             self.likely.append(torch.softmax(scores, -1).gather(1, token[:, None])[:, 0])
@@ -263,6 +248,49 @@ class _Chosen:
         if not drafts_only:
             likely[:, 0] = True
         return likely.cumprod(1).bool()
+
+
+def allowed_scores(
+    logits: Tensor,
+    config: SpeechDecoderConfig,
+    may_end: Tensor | Sequence[bool],
+    recent: Tensor,
+    tokens: Sequence[Tensor],
+    sampling: SamplingConfig,
+) -> Tensor:
+    """Logits (B, n, vocabulary) of the next n tokens: specials forbidden, repetitions penalised. Writes into them.
+
+    Args:
+        may_end: which of them may be EOS, (n,) on the host or a tensor that broadcasts to (B, n); special tokens are
+            free to a decoder in compatibility mode.
+        recent: (B, window), the newest certain tokens; -1 before the first.
+        tokens: n - 1 further tokens (B,) each at least, row i comes after tokens[:i]; for one row, all of them.
+    """
+    logits = logits.float()
+    if not config.compatible:
+        logits[..., config.units : config.eos] = float("-inf")
+        logits[..., config.eos + 1 :] = float("-inf")
+        if isinstance(may_end, Tensor):
+            logits[..., config.eos].masked_fill_(~may_end, float("-inf"))
+        else:
+            for i in (i for i, allowed in enumerate(may_end) if not allowed):
+                logits[:, i, config.eos] = float("-inf")
+    window, rows = sampling.penalty_window, logits.shape[1]
+    if sampling.repetition_penalty == 1 or not window:
+        return logits
+    history = torch.cat((recent, *(token[:, None] for token in tokens)), 1)
+    history = history[:, -(window + rows - 1) :].unfold(1, window, 1)
+    return penalise(logits.flatten(0, 1), history.flatten(0, 1), sampling, config.compatible).view(logits.shape)
+
+
+def choose(
+    scores: Tensor, sampling: SamplingConfig, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores (B, vocabulary) → tokens (B,), and the distribution that they were drawn from; None when greedy."""
+    if sampling.temperature == 0:
+        return scores.argmax(-1), None
+    law = probabilities(scores, sampling)
+    return draw(law, generator), law
 
 
 def verify(

@@ -379,7 +379,7 @@ class SpeechDecoder(nn.Module):
             modules: how many drafts of the MTP head to use, 0 … mtp_modules; default all. A group head makes as many
                 as it was trained for.
             streaming: False for the non-streaming mask: all text first, then all speech.
-            batch: answers that advance in lockstep; see `vocalnet.lockstep`.
+            batch: answers that advance in lockstep; see `vocalnet.batch`.
             fixed: keep counters on the device; see `SpeechState.counters`.
 
         Raises:
