@@ -10,10 +10,15 @@ from vocalnet.files import replacing, write_json, write_text
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     file = tmp_path / "report.json"
     write_json(file, {"right": 1})
-    with pytest.raises(ValueError, match="half way"), replacing(file) as temporary:
-        temporary.write_text("hal")
-        assert json.loads(file.read_text()) == {"right": 1}
-        raise ValueError("half way")
+
+    def fail_half_way():
+        with replacing(file) as temporary:
+            temporary.write_text("hal")
+            assert json.loads(file.read_text()) == {"right": 1}
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        fail_half_way()
     assert json.loads(file.read_text()) == {"right": 1}
     assert list(tmp_path.iterdir()) == [file]
 

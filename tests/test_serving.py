@@ -15,6 +15,7 @@ from tests.tiny_model import tiny_model
 from vocalnet.audio import read_audio
 from vocalnet.model import VocalNet
 from vocalnet.serving.formats import FORMATS, encode
+from vocalnet.serving.outbox import Outbox
 from vocalnet.serving.vad import SileroVad, make_vad
 
 VAD = {"type": "server_vad", "silence_duration_ms": 300}
@@ -121,6 +122,9 @@ def test_speech_interrupts_and_the_history_keeps_what_was_heard(long_winded):
             assert not [t for t in client.types()[place:] if t.endswith("delta")], "stopped at once"
             assert done.response.status == "cancelled"
             assert done.response.status_details.reason == "turn_detected"
+            conversation = next(iter(service.connections))._conversation
+            cut_short = conversation._response
+            pieces = cut_short.pieces
             answer = done.response.output[0]
             assert answer.status == "incomplete"
             await client.sdk.conversation.item.truncate(item_id=answer.id, content_index=0, audio_end_ms=300)
@@ -136,9 +140,25 @@ def test_speech_interrupts_and_the_history_keeps_what_was_heard(long_winded):
             assert len(base64.b64decode(kept.audio)) == 2 * 300 * MS
             await client.sdk.response.cancel()
             assert (await client.until("response.done")).response.id == second
-            conversation = next(iter(service.connections))._conversation
+            assert not [e for e in client.events[place:] if e.type.endswith("delta") and e.item_id == answer.id]
+            assert cut_short.pieces <= pieces + 1, "the model makes no more than what it had in hand"
             first, _ = conversation._session.turns
             assert len(first.answer_ids) == 1, "300 ms hold one word"
+
+    asyncio.run(conversation())
+
+
+def test_what_waits_for_a_slow_reader_is_taken_back():
+    """Sound that was made but has not left when speech is detected must not leave after it."""
+
+    async def conversation():
+        outbox = Outbox(10_000)
+        for response in ("old", "cut"):
+            outbox.put_now({"type": "response.output_audio.delta", "delta": b"x" * 6_000}, response=response)
+        outbox.put_now({"type": "input_audio_buffer.speech_started"})
+        outbox.drop_deltas("cut")
+        assert [len((await outbox.get()).get("delta", "")) for _ in range(len(outbox))] == [6_000, 0]
+        await asyncio.wait_for(outbox.room(), 1)
 
     asyncio.run(conversation())
 
@@ -273,6 +293,16 @@ def test_configuration_is_merged_echoed_and_refused(address):
             session = (await client.configure({"type": "semantic_vad", "eagerness": "low"})).session
             assert session.audio.input.turn_detection.eagerness == "low"
             assert session.audio.output.format.type == "audio/pcm", "what an update leaves out stays"
+            nulls = {"output": {"speed": None, "voice": None}, "input": {"noise_reduction": None, "format": None}}
+            vad = {"type": "server_vad", "silence_duration_ms": 300, "idle_timeout_ms": None, "threshold": None}
+            session = (await client.configure(vad, audio=nulls, max_output_tokens=None)).session
+            assert (session.audio.output.speed, session.max_output_tokens) == (1.0, "inf"), "null leaves it open"
+            assert session.audio.input.turn_detection.threshold == 0.5
+            wishes = {"instructions": "Rhyme.", "truncation": "disabled", "tool_choice": "none", "tracing": "auto"}
+            session = (await client.configure(**wishes)).session
+            assert (session.instructions, session.truncation, session.tool_choice, session.tracing) == (
+                "", "auto", "auto", None,
+            ), "what is in force"  # fmt: skip
             refused = [
                 ({"modalities": ["text"]}, "unknown_parameter", "session.modalities"),
                 ({"output_modalities": ["text", "audio"]}, "invalid_value", "session.output_modalities"),

@@ -27,6 +27,7 @@ from vocalnet.serving.app import Connection, Service, _origin_allowed
 from vocalnet.serving.settings import ServeSettings
 
 LIMIT = 2
+NEWCOMERS = 200
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +120,15 @@ def test_bad_messages_are_errors_and_the_conversation_goes_on(served):
 
 
 @pytest.mark.parametrize(
-    ("message", "as_text", "code"), [(b"x" * 2**19, True, 1009), (b"\xff\xfe", True, 1007), (b"x" * 2**19, False, 1009)]
+    ("message", "times", "as_text", "code"),
+    [(b"x", 2**19, True, 1009), (b"\xff\xfe", 1, True, 1007), (b"x", 2**19, False, 1009), (b"x", 10**8, True, 1009)],
 )
-def test_messages_that_end_the_connection(served, message, as_text, code):
+def test_messages_that_end_the_connection(served, message, times, as_text, code):
     async def conversation():
         async with connect(f"ws://{served[0]}/v1/realtime") as socket:
             await socket.recv()
-            await socket.send(message, text=as_text)
+            with suppress(ConnectionClosed):  # before the client has sent all of it
+                await socket.send(message * times, text=as_text)
             assert (await closed(socket)).code == code
         await until_empty(served[1])
 
@@ -135,21 +138,25 @@ def test_messages_that_end_the_connection(served, message, as_text, code):
 def test_newcomers_beyond_the_limit_are_refused_at_once(served):
     address, service = served
 
+    outcomes, known = [], asyncio.Event()
+
     async def newcomer():
-        async with connect(f"ws://{address}/v1/realtime") as socket:
-            first = json.loads(await socket.recv())
+        async with connect(f"ws://{address}/v1/realtime", open_timeout=60) as socket:
+            first = json.loads(await asyncio.wait_for(socket.recv(), 60))
+            outcomes.append(first["type"])
+            if len(outcomes) == NEWCOMERS:
+                known.set()
             if first["type"] == "session.created":
-                await asyncio.sleep(1.0)
-                return "in"
-            assert first["error"]["code"] == "server_busy"
-            assert (await closed(socket)).code == 1013
-            return "refused"
+                await asyncio.wait_for(known.wait(), 60)
+            else:
+                assert first["error"]["code"] == "server_busy"
+                assert (await closed(socket)).code == 1013
 
     async def conversation():
         await until_empty(service)
-        outcomes = await asyncio.gather(*(newcomer() for _ in range(40)))
-        assert outcomes.count("in") == LIMIT
-        assert outcomes.count("refused") == 40 - LIMIT
+        await asyncio.gather(*(newcomer() for _ in range(NEWCOMERS)))
+        assert outcomes.count("session.created") == LIMIT
+        assert outcomes.count("error") == NEWCOMERS - LIMIT
         await until_empty(service)
         async with talking(address) as client:
             assert (await written(client)).output
@@ -390,10 +397,13 @@ def test_two_hundred_turns_leave_no_memory_behind(served):
 
     async def conversation():
         async with talking(served[0]) as client:
+            await client.configure(max_output_tokens=2)
             for turn in range(240):
                 if turn == 40:
                     before = resident()
-                assert (await written(client, f"w{turn % 40}", max_output_tokens=2)).output
+                spoken = turn % 8 == 0
+                answer = await (client.ask(speech(0.3, turn, RATE)) if spoken else written(client, f"w{turn % 40}"))
+                assert answer.status == "incomplete", "after two tokens"
                 client.events = client.events[:1]
             assert resident() < 1.05 * before
             assert len(next(iter(served[1].connections))._conversation._items) <= 200

@@ -1,8 +1,8 @@
 """Client events of the Realtime protocol, checked; names and fields as in OpenAI's generally available form.
 
 A field that would change the answer and cannot be honoured (tools, input of its own, a playback speed) is refused with
-an error. A field that is only a wish (model, voice, noise reduction, tracing, instructions) is accepted, and
-`session.updated` shows what is in force.
+an error. A field that is only a wish (model, voice, noise reduction, tracing, instructions, truncation and such) is
+accepted, and `session.updated` shows what is in force.
 """
 
 from __future__ import annotations
@@ -261,20 +261,32 @@ def parse_event(raw: Any) -> ClientEvent:
 
 
 def updated(config: SessionConfig, patch: dict[str, Any]) -> SessionConfig:
-    """The configuration with a client's changes: what it leaves out stays.
+    """The configuration with a client's changes: what it leaves out, or open with `null`, stays.
 
     Raises:
         ProtocolError: unknown fields or values that are not allowed.
     """
     fixed = ("id", "object", "expires_at", "model")
-    merged = _merge(config.model_dump(), {key: value for key, value in patch.items() if key not in fixed})
+    wanted = {key: value for key, value in _without_nulls(patch).items() if key not in fixed}
+    merged = _merge(config.model_dump(), wanted)
     try:
         new = SessionConfig.model_validate(merged)
     except ValidationError as error:
         raise _explain(error, patch, "session") from error
     new.instructions, new.tracing, new.reasoning, new.include = "", None, None, None
+    new.truncation, new.tool_choice, new.parallel_tool_calls = "auto", "auto", None
     new.audio.input.noise_reduction, new.audio.output.voice = None, config.audio.output.voice
     return new
+
+
+def _without_nulls(patch: dict[str, Any]) -> dict[str, Any]:
+    """What a client leaves open with `null` is as good as left out; only switches are off by it."""
+    switches = ("turn_detection", "transcription")
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in patch.items()
+        if value is not None or key in switches
+    }
 
 
 def _merge(base: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
