@@ -10,6 +10,7 @@ import torch
 from tests.test_speech_decoder import GREEDY, TINY, make, run, text
 from vocalnet.decoding import DecodingConfig, generate_chunk, verify
 from vocalnet.errors import ConfigError
+from vocalnet.layers import attend
 from vocalnet.sampling import SamplingConfig, probabilities
 
 
@@ -149,3 +150,74 @@ def test_unknown_mode():
     decoder = make()
     with pytest.raises(ConfigError, match="accept-all, verified, relaxed"):
         generate_chunk(decoder, decoder.init_state(), GREEDY, 5, "guess")  # type: ignore[arg-type]
+
+
+COMPATIBLE = replace(TINY, text_input="hidden", width=24, llm_hidden_size=24, compatible=True, speech_position_scale=1)
+
+
+class Stack:
+    """Layers over caches that only ever grow, text before speech; new speech sees all of both."""
+
+    def __init__(self, decoder, layers):
+        self.layers, self.rotary = layers, decoder.rotary
+        self.held = [{"text": [], "speech": []} for _ in layers]
+        self.rows = {"text": 0, "speech": 0}
+
+    def __call__(self, x, kind):
+        known = self.rows["text"] + (self.rows["speech"] if kind == "speech" else 0)
+        rotation = self.rotary(torch.arange(known, known + x.shape[1]))
+        for layer, held in zip(self.layers, self.held, strict=True):
+            q, k, v = layer._project(x, rotation)
+            held[kind].append((k, v))
+            pairs = held["text"] + (held["speech"] if kind == "speech" else [])
+            keys, values = (torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
+            mask = torch.ones(x.shape[1], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - x.shape[1])
+            x = layer._finish(x, attend(q, keys, values, mask))
+        self.rows[kind] += x.shape[1]
+        return x
+
+
+def as_the_original(decoder, pieces, modules, size):
+    """Chunks of the original's loop, written out: broken off at `size` tokens or at EOS, wherever a step may be."""
+    config = decoder.config
+    projector, main = Stack(decoder, decoder.encode_layers), Stack(decoder, decoder.decode_layers)
+    heads = [Stack(decoder, [decoder.mtp_layers[k].decoder_layer]) for k in range(modules)]
+    said, chunks = [], []
+    for i, piece in enumerate(pieces):
+        x = projector(piece[None], "text")
+        if i == 0:
+            x = torch.cat((decoder.embedding(torch.tensor([[config.bos]])), x), 1)
+        states = main(x, "text")
+        for head in heads:
+            head(states, "text")
+        newest, chunk = [config.sos, *said][-1 - modules :], []
+        while not chunk or (chunk[-1] != config.eos and len(chunk) < size):
+            x = main(decoder.embedding(torch.tensor([newest])), "speech")
+            chunk.append(int(decoder.head(x[:, -1]).argmax()))
+            for k, head in enumerate(heads):
+                if chunk[-1] == config.eos or len(chunk) >= size:
+                    break
+                x = head(x, "speech")
+                chunk.append(int(decoder.mtp_layers[k].logits(x[:, -1]).argmax()))
+            newest = (newest + chunk[-1 - modules :])[-max(len(newest), 1 + modules if not said else 0) :]
+        said += chunk
+        chunks.append(chunk)
+    return chunks
+
+
+@pytest.mark.parametrize("modules", [0, 1, 2, 3])
+def test_compatible_chunks_break_where_the_original_breaks(modules):
+    """At 15 tokens though K + 1 = 2 or 4 does not divide it, and at EOS before the text's end."""
+    decoder, ends = make(COMPATIBLE, seed=4), 0
+    decoder.output_proj.bias.data[decoder.config.eos] = 1.0
+    for seed in range(4):
+        pieces = text(20, COMPATIBLE, seed).split(5)
+        with torch.no_grad():
+            expected = as_the_original(decoder, pieces, modules, 15)
+        state = decoder.init_state(32, 256, modules)
+        for piece, chunk in zip(pieces, expected, strict=True):
+            decoder.add_text(piece, state)
+            assert generate_chunk(decoder, state, GREEDY, 15) == chunk
+        ends += sum(decoder.config.eos in chunk for chunk in expected)
+        assert not state.ended
+    assert 0 < ends < 16

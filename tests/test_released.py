@@ -147,8 +147,11 @@ def test_older_names_of_hift_load(tmp_path, model):
 
 
 @torch.no_grad()
-def by_hand(model, llm, session):
-    """The session's text and speech tokens, composed from transformers' LLM and the original's order of events."""
+def by_hand(model, llm, session, part=None):
+    """The session's text and speech tokens, composed from transformers' LLM and the original's order of events.
+
+    With `part` the speech decoder begins anew after each so many text tokens. Also: how many tokens each part has.
+    """
     turn = session.turns[0]
     embed = llm.get_input_embeddings()
     prompt = [embed(torch.tensor(ids)) for ids in (model.prompt.prefix_ids(), model.prompt.suffix_ids())]
@@ -159,21 +162,34 @@ def by_hand(model, llm, session):
         states.append(result.hidden_states[-1][0, -1:])
         ids.append(int(result.logits[0, -1].argmax()))
         x = torch.cat([x, embed(torch.tensor([[ids[-1]]]))], 1)
-    rows = torch.cat([*states, *[embed(torch.tensor([model.prompt.end_id]))] * 2])  # the limit's own end, then the end
+    end = embed(torch.tensor([model.prompt.end_id]))
+    parts = [torch.cat([*states, end, end])]  # the limit's own end, then the end
+    if part:
+        parts = [torch.cat([*states[first : first + part], end]) for first in range(0, limit, part)]
+    tokens, counts = [], []
+    for rows in parts:
+        said = spoken_by_hand(model, rows)
+        tokens += said
+        counts.append(len(said))
+    return ids, tokens, counts
+
+
+def spoken_by_hand(model, rows):
+    """Units of a text's rows, five by five."""
     decoder, tokens = model.speech_decoder, []
-    state = decoder.init_state(limit + 3, 400, 2)
+    state = decoder.init_state(len(rows) + 1, 400, 2)
     for start in range(0, len(rows), 5):
         last = start + 5 >= len(rows)
         decoder.add_text(rows[start : start + 5], state, last)
         new = generate_chunk(decoder, state, model.config.generation.speech, 200 if last else 15)
         eos = decoder.config.eos
         tokens += new[: new.index(eos)] if last and eos in new else new
-    return ids, [token for token in tokens if token < decoder.config.units]
+    return [token for token in tokens if token < decoder.config.units]
 
 
 def test_a_session_answers_as_the_original_would(model, published):
     summary, sound, session = answer(model)
-    ids, tokens = by_hand(model, published[2], session)
+    ids, tokens, _ = by_hand(model, published[2], session)
     assert session.turns[0].answer_ids == ids
     assert session.speech_tokens == tokens[: len(session.speech_tokens)]
     assert len(session.speech_tokens) > 45
@@ -182,6 +198,26 @@ def test_a_session_answers_as_the_original_would(model, published):
     offline = model.flow.mel(torch.tensor([session.speech_tokens]), prompt=model.voice)
     expected = model.vocoder(offline)[0].clamp(-1, 1).numpy()
     np.testing.assert_allclose(sound, expected, atol=1e-3)
+
+
+def test_the_decoder_begins_anew_after_a_sentence_as_in_the_original(model, published, monkeypatch):
+    """After six tokens and any text, in place of 50 and a full stop; the decoder is made to end its parts."""
+    monkeypatch.setattr("vocalnet.session.ORIGINAL_PART_TOKENS", 6)
+    monkeypatch.setattr("vocalnet.session.SENTENCE_ENDS", ("",))
+    output, (*_, session) = model.speech_decoder.packed_output, answer(model)
+    eos = F.one_hot(torch.tensor(model.speech_decoder.config.eos), len(output.bias))
+    bias, boost, counts = output.bias, 12.0, [0]
+    while min(counts) == 0:  # until both parts say something before they end
+        boost -= 0.5
+        monkeypatch.setattr(output, "bias", bias + boost * eos)
+        ids, tokens, counts = by_hand(model, published[2], session, part=6)
+    assert sum(counts) < 90  # below the session's limit
+    summary, _, session = answer(model)
+    assert len(counts) == 2
+    assert min(counts) > 0
+    assert session.turns[0].answer_ids == ids
+    assert session.speech_tokens == tokens
+    assert summary.speech_tokens == sum(counts)
 
 
 def test_converted_folder_answers_the_same(model, published, tmp_path):

@@ -11,8 +11,9 @@ Tokens are drawn on the device; the host reads them once a step, to see the end 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -77,14 +78,25 @@ def generate_chunk(
     Steps are whole and wait for all the text that they may see, so tokens do not depend on how text and chunks are cut;
     what a step makes beyond `max_tokens` is handed out next time. EOS is never handed out.
 
+    In compatibility mode, accept-all, chunks are the original's: until the text is complete they end in mid-step, at
+    `max_tokens` or at EOS (`_Step.original`), and EOS is handed out, then as at the very end.
+
     Raises:
         ConfigError: unknown mode, or a mode that checks drafts with a head that makes none.
     """
     config = decoding if isinstance(decoding, DecodingConfig) else DecodingConfig(decoding)
     check_decoding(config, decoder)
     step = _Step(decoder, state, sampling, config, generator)
+    advance: Callable[[], bool]
+    if config.mode != "accept-all":
+        advance = step.verified
+    elif decoder.config.compatible and config.keeps_drafts:
+        end = None if state.text_complete else state.handed_out + max_tokens
+        advance = partial(step.original, end)
+    else:
+        advance = step.accept_all
     while len(state.generated) - state.handed_out < max_tokens and not state.ended:
-        if not (step.accept_all() if config.mode == "accept-all" else step.verified()):
+        if not advance():
             break
     tokens = state.generated[state.handed_out : state.handed_out + max_tokens]
     state.handed_out += len(tokens)
@@ -132,6 +144,38 @@ class _Step:
             self._keep(tokens, tokens[0].tolist())
         state.newest = tokens
         return True
+
+    def original(self, end: int | None) -> bool:
+        """`accept_all` as the original has it; False if the chunk is over.
+
+        It stops in mid-step at EOS, or once there are `end` tokens in all: modules that have not run yet do not, so
+        that their caches stay behind, and the next chunk feeds the newest K + 1 tokens, whether fed before or not.
+        """
+        decoder, state = self.decoder, self.state
+        config, fed = decoder.config, state.newest
+        rows = fed.shape[1]
+        if self._room(rows) < rows:
+            return False
+        hidden = decoder.feed(fed, state)
+        chosen = _Chosen(self, keep_laws=False)
+
+        def enough() -> bool:
+            made = len(state.generated) + len(chosen.tokens)
+            return int(chosen.tokens[-1]) == config.eos or (end is not None and made >= end)
+
+        token = chosen(decoder.head(hidden[:, -1]))
+        decoder.draft(hidden, torch.cat((fed, token[:, None]), 1), state, chosen, enough=enough)
+        first, over = not state.generated, enough()
+        state.speech_rows += rows
+        tokens = torch.stack(chosen.tokens, 1)
+        self._keep(tokens, tokens[0].tolist())
+        if over:
+            state.ended = state.text_complete and state.generated[-1] == config.eos
+            newest = [config.sos, *state.generated][-1 - state.modules :]
+            state.newest = torch.tensor([newest], device=fed.device)
+        else:
+            state.newest = tokens if first else torch.cat((fed, tokens), 1)[:, -rows:]
+        return not over
 
     def verified(self) -> bool:
         """Feeds a certain token and its drafts, keeps what passes and one token more; False if text is missing."""

@@ -444,6 +444,11 @@ class Session:
             self._answering = None
 
 
+ORIGINAL_PART_TOKENS = 50
+"""Text tokens after which the original's speech decoder begins anew at the next end of a sentence."""
+SENTENCE_ENDS = (".", "!", "?")
+
+
 class _Answer:
     """One answer being made, in at most `limit` text tokens."""
 
@@ -457,6 +462,8 @@ class _Answer:
         self.complete = False  # the text has ended by itself, or at the limit
         self.predicting = prepared.hidden  # the state (1, D) that predicts the next token
         self.stopped_text = False  # the stop token was drawn
+        self.restarts = False  # the newest text ends a part of the answer (released checkpoints)
+        self.part_start = 0  # where the current part began, in text tokens
         self.shown = ""
         self.first_audio_ms = 0.0
 
@@ -493,7 +500,7 @@ class _Answer:
     def _sound(self, rows: Tensor) -> Iterator[AudioChunk]:
         """All sound that the text so far allows."""
         speaker, turn = self.prepared.speaker, self.prepared.turn
-        speaker.add_text(rows, last=self.complete)
+        speaker.add_text(rows, self.complete, self.restarts)
         for samples in speaker.speak():
             if not self.first_audio_ms:
                 self.first_audio_ms = 1000 * (time.perf_counter() - self.start)
@@ -534,12 +541,15 @@ class _Answer:
         """`_extend_text` for released checkpoints: a token's row is the state that predicted it, not the one after it.
 
         The stop token has such a row, too, and the end's embedding follows it, unless that row would begin a chunk
-        (then both are left out) or completes one (then the embedding is). So does the original.
+        (then both are left out) or completes one (then the embedding is). At the first end of a sentence after 50
+        tokens the text so far is spoken to its end, and the speech decoder begins anew with what follows. So does the
+        original; where the whole answer ends there, it also adds two fixed speech tokens, which are left out here.
         """
         model, since = self.session.model, time.perf_counter()
         end, stopped = model.backbone.embed([model.text_end_id])[0], self.stopped_text
         rows: list[Tensor] = []
-        while not stopped and len(rows) < wanted:
+        begin, self.restarts = len(self.ids), False
+        while not stopped and not self.restarts and len(rows) < wanted:
             full = len(self.ids) >= self.limit
             token = model.text_end_id if full else self._next_token(logits)
             rows.append(end if full else self.predicting)
@@ -547,9 +557,14 @@ class _Answer:
             if not stopped:
                 self.predicting, logits = model.backbone.step(token, self.session._state)
                 self.ids.append(token)
-        self.complete = self.stopped_text or (stopped and len(rows) < wanted)
+            if len(self.ids) + stopped - self.part_start >= ORIGINAL_PART_TOKENS:
+                self.restarts = model.prompt.decode(self.ids[begin:]).endswith(SENTENCE_ENDS)
+        self.complete = self.stopped_text or (stopped and (self.restarts or len(rows) < wanted))
         self.stopped_text = stopped
-        if self.complete and rows:
+        if self.restarts:
+            self.part_start, self.restarts = len(self.ids), not self.complete
+            rows.append(end)
+        elif self.complete and rows:
             rows = [*rows, end] if len(rows) > 1 else [end][len(self.ids) > 0 :]
         self.prepared.timings.add("text", since)
         return logits, torch.cat(rows).float() if rows else torch.zeros(0, end.shape[1])

@@ -72,7 +72,10 @@ class Speaker:
         # BOS and the end token; released checkpoints may have a row for the stop token as well.
         max_text = generation.max_text_tokens + 2 + model.speech_decoder.config.compatible
         self._limit = max_text * self._per_text_token + SPARE_SPEECH_TOKENS
-        self._decoder = model.speech_decoder.init_state(max_text, self._limit + 16, modules=generation.mtp)
+        self._sizes = (max_text, self._limit + 16, generation.mtp)
+        self._decoder = model.speech_decoder.init_state(*self._sizes)
+        self._steps_before = 0
+        self._restarts = False
         spoken = 0 if model.voice is None else model.voice.tokens.shape[1]
         self._flow = model.flow.init_state(self._limit + spoken, prompt=model.voice)
         self._vocoder = model.vocoder.init_state()
@@ -83,12 +86,20 @@ class Speaker:
 
     @property
     def steps(self) -> int:
-        return self._decoder.steps
+        return self._steps_before + self._decoder.steps
 
-    def add_text(self, rows: Tensor, last: bool) -> None:
-        """More of the answer's text, (T, input_size) rows; the end token's row comes last, with `last`."""
+    def add_text(self, rows: Tensor, last: bool, restart: bool = False) -> None:
+        """More of the answer's text, (T, input_size) rows; the end token's row comes last, with `last` or `restart`.
+
+        Args:
+            restart: for released checkpoints: only a part of the answer ends here. Once it is spoken, the speech
+                decoder begins anew with the text that follows; flow and vocoder go on.
+        """
+        if self.finished:
+            return  # at its limit
         since = time.perf_counter()
-        self._model.speech_decoder.add_text(rows, self._decoder, last)
+        self._restarts = restart
+        self._model.speech_decoder.add_text(rows, self._decoder, last or restart)
         self._text_rows += rows.shape[0]
         if last:
             self._limit = min(self._limit, self._text_rows * self._per_text_token + SPARE_SPEECH_TOKENS)
@@ -107,20 +118,25 @@ class Speaker:
                 self._model.speech_decoder,
                 self._decoder,
                 self._generation.speech,
-                min(size, self._limit - len(self.tokens)),
+                min(size, self._limit - len(self.tokens)) if self._decoder.text_rows else 0,
                 self._decoding,
                 self._generator,
             )
             units, ended = self._units(new)
             self.tokens += units
             self.timings.add("speech", since)
-            self.finished = ended or self._decoder.finished or len(self.tokens) >= self._limit
-            if not new and not self.finished:
+            part_ended = self._restarts and (ended or self._decoder.finished)
+            self.finished = len(self.tokens) >= self._limit or ((ended or self._decoder.finished) and not part_ended)
+            if not new and not self.finished and not part_ended:
                 return  # waiting for text
             samples = self._synthesise(units)
             if len(samples):
                 self.samples += len(samples)
                 yield samples
+            if part_ended and not self.finished:
+                self._steps_before, self._restarts = self.steps, False
+                self._decoder = self._model.speech_decoder.init_state(*self._sizes)
+                return
             if self._model.speech_decoder.config.compatible and not self._decoder.text_complete:
                 return  # the original speaks one chunk for each chunk of text
 
@@ -130,6 +146,8 @@ class Speaker:
         Only released checkpoints emit others: any special token, and EOS before the text's end.
         """
         config = self._model.speech_decoder.config
+        if not self._decoder.text_rows:  # nothing followed the newest restart
+            return [], self._decoder.text_complete
         ended = self._decoder.text_complete and config.eos in tokens
         if ended:
             tokens = tokens[: tokens.index(config.eos)]

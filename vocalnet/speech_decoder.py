@@ -46,10 +46,10 @@ IGNORE = -100
 class SpeechDecoderConfig:
     """Sizes and schedule of the speech decoder.
 
-    `compatible` reproduces the arithmetic of the released checkpoints: text and speech share one position counter,
-    and a stream sees all text there is. `speech_position_scale` sets the pace of speech positions against text
-    positions (text rows per speech token), in the first `scaled_heads` heads (all by default); the others count
-    speech rows one by one.
+    `compatible` reproduces the arithmetic of the released checkpoints: text and speech share one position counter, a
+    stream sees all text there is, and its chunks break off where the original's do (`vocalnet.decoding`).
+    `speech_position_scale` sets the pace of speech positions against text positions (text rows per speech token), in
+    the first `scaled_heads` heads (all by default); the others count speech rows one by one.
     """
 
     llm_hidden_size: int
@@ -194,6 +194,8 @@ class SpeechState:
     """(B, T, width) newest text rows, projected: the next speech rows take them along, and each weight is read once."""
     pending_states: Tensor | None = None
     """(B, T, width) what the decoder made of those rows, newest first: the MTP head's layers are still to see it."""
+    behind: dict[int, int] = field(default_factory=dict)
+    """Compatibility mode: how many speech rows fewer than the decoder the module at a depth holds."""
     counters: Tensor | None = None
     """(2,) text and speech rows on the device. With them every step has fixed shapes and addresses, so that it can be
     captured once and replayed: it attends to whole caches under a mask made from the counters."""
@@ -567,6 +569,7 @@ class SpeechDecoder(nn.Module):
         state: SpeechState,
         choose: Callable[[Tensor], Tensor],
         revisit: bool = False,
+        enough: Callable[[], bool] | None = None,
     ) -> None:
         """Runs the MTP head over rows just fed, before they are counted, and has every draft chosen in turn.
 
@@ -575,6 +578,7 @@ class SpeechDecoder(nn.Module):
             tokens: (B, n + 1) what was fed there, and the certain token after it.
             choose: logits of a draft (B, vocabulary) → the draft (B,).
             revisit: drafts may be refused: run rows whose input was a draft again, now that the truth is known.
+            enough: compatibility mode: whether to leave the other modules out, whose caches then stay `behind`.
         """
         head, old = self.mtp_layers, 0
         history = head.look_back + (state.modules - 1 if revisit and head.conditioned else 0)
@@ -592,8 +596,10 @@ class SpeechDecoder(nn.Module):
         rotation, row = self._place(state, start, size, texts)
 
         def run(layer: LlamaLayer, x: Tensor, depth: int) -> Tensor:
-            visible, mask = self._seen(state, start, size, depth, texts)
-            return layer.step(x, rotation, state.heads[depth - 1], row, visible, mask)
+            first = start - state.behind.get(depth, 0)
+            placed = (rotation, row) if first == start else self._place(state, first, size, texts)
+            visible, mask = self._seen(state, first, size, depth, texts)
+            return layer.step(x, placed[0], state.heads[depth - 1], placed[1], visible, mask)
 
         def ahead(depth: int) -> Tensor:
             return F.pad(self.embedding(tokens[:, depth : depth + size]), (0, 0, texts, 0))
@@ -604,6 +610,10 @@ class SpeechDecoder(nn.Module):
             predictor, back = head.source(draft)
             if back >= size:
                 return  # the first row has none before it
+            if enough is not None and enough():
+                for depth in range(draft, state.modules + 1):
+                    state.behind[depth] = state.behind.get(depth, 0) + size
+                return
             if predictor > reached:
                 reached, x = predictor, next(states)
             chosen = choose(head.logits(x[:, texts + size - 1 - back], predictor, self.output_proj))

@@ -75,12 +75,10 @@ def resolve_vocoder(vocoder: str | Path) -> Path:
         CheckpointError: no such folder.
         DownloadError: the hub cannot be reached.
     """
-    folder = Path(vocoder).expanduser()
-    if folder.is_dir():
-        return folder
-    if hub_id(vocoder):
-        return _from_hub(HubSource(str(vocoder), "main"), COSYVOICE_PATTERNS)
-    raise CheckpointError(f"no vocoder folder {vocoder}; give the folder or hub id of CosyVoice2-0.5B")
+    folder = _folder_or_hub(vocoder, COSYVOICE_PATTERNS)
+    if folder is None:
+        raise CheckpointError(f"no vocoder folder {vocoder}; give the folder or hub id of CosyVoice2-0.5B")
+    return folder
 
 
 def resolve(model: str | Path) -> Path:
@@ -90,15 +88,13 @@ def resolve(model: str | Path) -> Path:
         CheckpointError: none of these.
         DownloadError: the hub cannot be reached.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    name = str(model)
-    if name in REGISTRY:
-        return base_model(name)
-    if hub_id(name):
-        return _from_hub(HubSource(name, "main"))
-    raise CheckpointError(f"no model '{name}'; give a folder, a hub id (owner/name), or one of {', '.join(REGISTRY)}")
+    name, folder = str(model), _folder_or_hub(model)
+    if folder is None and name in REGISTRY:
+        folder = base_model(name)
+    if folder is None:
+        known = ", ".join(REGISTRY)
+        raise CheckpointError(f"no model '{name}'; give a folder, a hub id (owner/name), or one of {known}")
+    return folder
 
 
 def _complete(folder: Path) -> bool:
@@ -211,6 +207,14 @@ def _from_hub(source: HubSource, patterns: Sequence[str] = MODEL_PATTERNS) -> Pa
         if sha256_of(folder / name) != expected:
             raise DownloadError(f"{source.repository}/{name} does not have the expected sha256; clear the hub's cache")
     return folder
+
+
+def _folder_or_hub(name: str | Path, patterns: Sequence[str] = MODEL_PATTERNS) -> Path | None:
+    """The folder of that name, or else the hub's of that id with the files that match; None if it can be neither."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    return _from_hub(HubSource(str(name), "main"), patterns) if hub_id(name) else None
 
 
 def _say(message: str) -> None:
