@@ -167,8 +167,8 @@ class Stack:
         known = self.rows["text"] + (self.rows["speech"] if kind == "speech" else 0)
         rotation = self.rotary(torch.arange(known, known + x.shape[1]))
         for layer, held in zip(self.layers, self.held, strict=True):
-            q, k, v = layer._project(x, rotation)
-            held[kind].append((k, v))
+            q, pair = layer._project(x, rotation)
+            held[kind].append(pair.chunk(2, 1))
             pairs = held["text"] + (held["speech"] if kind == "speech" else [])
             keys, values = (torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
             mask = torch.ones(x.shape[1], keys.shape[2], dtype=torch.bool).tril(keys.shape[2] - x.shape[1])

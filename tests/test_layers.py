@@ -124,16 +124,6 @@ def test_rows_and_visibility_are_the_callers_when_given(layer):
     assert torch.allclose(out, expected, atol=1e-5)
 
 
-def test_caches_of_16_bits_are_nearly_as_good(layer):
-    x = inputs()
-    expected, _ = stream(layer, x, [4, 5, 11])
-    cache = KVCache.allocate(2, CONFIG, 16, torch.bfloat16)
-    parts = [layer.step(x[:, a:b], rotation(a, b), cache) for a, b in ((0, 4), (4, 5), (5, 11))]
-    out = torch.cat(parts, 1)
-    assert out.dtype == torch.float32
-    assert 0 < (out - expected).abs().max() < 0.02 * expected.abs().max()
-
-
 def test_a_full_cache_is_an_error(layer):
     with pytest.raises(ConfigError, match="capacity of 8"):
         stream(layer, inputs(), [11], capacity=8)

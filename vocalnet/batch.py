@@ -95,9 +95,10 @@ class _Batch:
         columns = self.text_size + self.capacity + 1
 
         def caches(count: int) -> list[KVCache]:
-            # Columns that one answer has not written yet are read, masked, with another's: hence zeros.
-            form = (len(texts), config.layer, columns, decoder.cache_dtype, device, True)
-            return [KVCache.allocate(*form) for _ in range(count)]
+            new = [KVCache.allocate(len(texts), config.layer, columns, decoder.dtype, device) for _ in range(count)]
+            for cache in new:
+                cache.pair.zero_()  # columns that one answer has not written yet are read, masked, with another's
+            return new
 
         self.caches = caches(config.layers)
         self.head_caches = caches(len(head.layer_configs(modules)))

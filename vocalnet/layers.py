@@ -143,12 +143,10 @@ def rotate_(x: Tensor, rotation: Rotation) -> Tensor:
 class KVCache:
     """Keys and values of one layer, allocated once; `length` rows of it are in use.
 
-    Keys are stored rotated, so rows may lie in any order. Rewinding is `truncate`; nothing is moved. A row is a column
-    of `keys`: on the CPU that is how they lie in memory too, since products of few queries read them faster so.
+    Keys are stored rotated, so rows may lie in any order. Rewinding is `truncate`; nothing is moved.
     """
 
-    keys: Tensor  # (B, key heads, head_dim, capacity)
-    values: Tensor  # (B, key heads, capacity, head_dim)
+    pair: Tensor  # (B, 2 · key heads, capacity, head_dim): keys, then values
     length: int = 0
 
     @classmethod
@@ -159,23 +157,17 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        zero: bool = False,
     ) -> KVCache:
-        """An empty cache of `capacity` rows; `zero` if rows not yet written are read, under a mask."""
-        new = torch.zeros if zero else torch.empty
-        rows = (batch, config.key_heads, capacity, config.size)
-        values = new(rows, dtype=dtype, device=device)
-        if values.device.type == "cpu":
-            return cls(new(*rows[:2], config.size, capacity, dtype=dtype), values)
-        return cls(new(rows, dtype=dtype, device=device).transpose(2, 3), values)
+        """An empty cache of `capacity` rows."""
+        return cls(torch.empty(batch, 2 * config.key_heads, capacity, config.size, dtype=dtype, device=device))
 
     @property
     def capacity(self) -> int:
         """How many rows fit."""
-        return self.values.shape[2]
+        return self.pair.shape[2]
 
-    def write(self, keys: Tensor, values: Tensor, row: int | Tensor) -> None:
-        """Stores keys and values (B, key heads, T, head_dim) at rows row … row + T - 1, leaving `length` alone.
+    def write(self, pair: Tensor, row: int | Tensor) -> None:
+        """Stores keys and values (B, 2 · key heads, T, head_dim) at rows row … row + T - 1, leaving `length` alone.
 
         Args:
             row: the first row, or all rows on the device, which the host need not know: (T,), or (B, T) one by one.
@@ -183,25 +175,21 @@ class KVCache:
         Raises:
             ConfigError: the rows lie outside the capacity.
         """
-        keys, size = keys.transpose(2, 3), keys.shape[2]
         if isinstance(row, Tensor):
-            keys, values = keys.to(self.keys.dtype), values.to(self.values.dtype)
             if row.ndim == 1:
-                self.keys.index_copy_(3, row, keys)
-                self.values.index_copy_(2, row, values)
+                self.pair.index_copy_(2, row, pair)
             else:
-                self.keys.scatter_(3, row[:, None, None, :].expand_as(keys), keys)
-                self.values.scatter_(2, row[:, None, :, None].expand_as(values), values)
+                self.pair.scatter_(2, row[:, None, :, None].expand_as(pair), pair)
             return
-        end = row + size
+        end = row + pair.shape[2]
         if row < 0 or end > self.capacity:
             raise ConfigError(f"cache rows {row} to {end} do not fit its capacity of {self.capacity}; allocate more")
-        self.keys.narrow(3, row, size).copy_(keys)
-        self.values.narrow(2, row, size).copy_(values)
+        self.pair.narrow(2, row, pair.shape[2]).copy_(pair)
 
     def rows(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Views of keys (B, key heads, head_dim, n) and values (B, key heads, n, head_dim) at first ≤ row < last."""
-        return self.keys.narrow(3, first, last - first), self.values.narrow(2, first, last - first)
+        """Views of keys and values at first ≤ row < last."""
+        keys, values = self.pair.narrow(2, first, last - first).chunk(2, 1)
+        return keys, values
 
     def truncate(self, length: int) -> None:
         """Forgets all rows from `length` on."""
@@ -211,10 +199,10 @@ class KVCache:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """Dot-product attention with grouped key heads.
+    """Scaled dot-product attention with grouped key heads.
 
     Args:
-        q: (B, H, T, D), scaled; k, v: (B, KV, S, D) with H a multiple of KV.
+        q: (B, H, T, D); k, v: (B, KV, S, D) with H a multiple of KV.
         mask: bool, True = visible, or floats to add, broadcastable to (B, H, T, S); None: all visible.
         causal: row t sees columns ≤ t (needs S = T, and no mask).
 
@@ -226,34 +214,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     on_cpu = q.device.type == "cpu"
     if mask is not None and mask.is_floating_point() and heads == key_heads and on_cpu and torch.is_grad_enabled():
         # With its backward this takes half the time of the fused kernel on short sequences.
-        scores = torch.matmul(q, k.transpose(-1, -2)) + mask.to(q.dtype)
+        scores = torch.matmul(q * size**-0.5, k.transpose(-1, -2)) + mask.to(q.dtype)
         return torch.matmul(torch.softmax(scores, -1, dtype=q.dtype), v)
+    if length == 1 and q.dtype == torch.bfloat16 and on_cpu:
+        # The kernel takes three times as long for one row as for two.
+        return attend(q.expand(-1, -1, 2, -1), k, v, mask)[:, :, :1]
     if heads == key_heads:
-        causal = causal and length > 1
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=1.0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and length > 1)
     if mask is None and (length == 1 or not causal):
         # Query heads that share a key head become rows of one query: nothing is repeated.
         grouped = q.reshape(batch, key_heads, -1, size)
-        return F.scaled_dot_product_attention(grouped, k, v, scale=1.0).view(batch, heads, length, size)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True, scale=1.0)
-
-
-def attend_cache(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`attend` over rows of a `KVCache`, keys (B, KV, D, S) and values (B, KV, S, D), computed in the cache's dtype.
-
-    On the CPU two plain products take half the time of the fused kernel, whose blocks are made for many queries.
-    """
-    dtype, q = q.dtype, q.to(keys.dtype)
-    if q.device.type != "cpu":
-        return attend(q, keys.transpose(2, 3), values, mask).to(dtype)
-    batch, heads, length, size = q.shape
-    pairs = batch * keys.shape[1]
-    scores = torch.bmm(q.reshape(pairs, -1, size), keys.flatten(0, 1))  # (B · KV, H / KV · T, S)
-    if mask is not None:
-        spread_out = scores.view(batch, heads, length, -1)
-        _ = spread_out.add_(mask) if mask.is_floating_point() else spread_out.masked_fill_(~mask, float("-inf"))
-    attended = torch.bmm(scores.softmax(-1), values.flatten(0, 1))
-    return attended.view(batch, heads, length, size).to(dtype)
+        return F.scaled_dot_product_attention(grouped, k, v).view(batch, heads, length, size)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
 
 def causal_mask(rows: int, columns: int, device: torch.device | str | None = None) -> Tensor:
@@ -434,8 +406,9 @@ _linear_half = _operator(torch.ops.quantized.linear_dynamic_fp16)
 class HalfLinear:
     """x Wᵀ + b with float16 weights between float32 activations, on the CPU: FBGEMM's kernel, outside autograd.
 
-    Weights keep three digits more than in bf16 and are read as fast. One row takes 0.6 of the time of oneDNN's bf16
-    product, five take as long, ten longer (measured on AVX-512): it is for output heads, which see one row a token.
+    Weights keep three bits more than in bf16 and are read as fast. One row takes 0.6 of the time of oneDNN's bf16
+    product, five take about as long, ten longer (measured on AVX-512): it is for output heads, which see one row a
+    token.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> None:
@@ -469,17 +442,6 @@ def int8_available() -> bool:
 def compute_dtype(precision: Precision) -> torch.dtype:
     """The dtype of activations and caches under a precision (int8 weights work between float32 activations)."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def cache_dtype(precision: Precision, device: torch.device | str) -> torch.dtype:
-    """The dtype of keys and values that a stream keeps: 16 bits where the weights are rounded as well.
-
-    A processor without products of bf16 keeps what it computes with.
-    """
-    if precision != "int8":
-        return compute_dtype(precision)
-    available = torch.device(device).type == "cpu" and torch.backends.mkldnn.is_available()
-    return torch.bfloat16 if available and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def pack_linear(
@@ -614,12 +576,8 @@ class LlamaLayer(nn.Module):
                 _spread_reading(norm, reading, matrix)
             for writing in (attention.o_proj, mlp.down_proj):
                 _spread_writing(writing, matrix)
-        weight, bias = stack_linears([attention.q_proj, attention.k_proj, attention.v_proj])
-        for part in (weight, bias):
-            if part is not None:
-                part[: attention.q_proj.out_features] *= self.config.size**-0.5
         self.packed = PackedProjections(
-            pack_linear(weight, bias, precision, self.input_layernorm),
+            pack_module([attention.q_proj, attention.k_proj, attention.v_proj], precision, self.input_layernorm),
             pack_module([attention.o_proj], precision),
             pack_module([mlp.gate_proj, mlp.up_proj], precision, self.post_attention_layernorm),
             pack_module([mlp.down_proj], precision, spread_input=True),
@@ -638,7 +596,8 @@ class LlamaLayer(nn.Module):
         Returns:
             (B, T, width).
         """
-        q, k, v = self._project(x, rotation)
+        q, pair = self._project(x, rotation)
+        k, v = pair.chunk(2, 1)
         return self._finish(x, attend(q, k, v, mask, causal))
 
     def step(
@@ -665,33 +624,33 @@ class LlamaLayer(nn.Module):
         Returns:
             (B, T, width).
         """
-        q, k, v = self._project(x, rotation)
+        q, pair = self._project(x, rotation)
         length, start = x.shape[1], cache.length
-        cache.write(k, v, start if row is None else row)
+        cache.write(pair, start if row is None else row)
         if row is None:
             cache.length = start + length
-            if visible is None and mask is None:
-                if start == 0:
-                    return self._finish(x, attend(q, k, v, causal=True))
-                mask = causal_mask(length, start + length, x.device) if length > 1 else None
-        if visible is None:
-            visible = (0, cache.length if row is None else int(row) + length)
-        return self._finish(x, attend_cache(q, *cache.rows(*visible), mask))
+        elif visible is None:
+            visible = (0, int(row) + length)
+        first, last = visible or (0, start + length)
+        appending = mask is None and row is None and visible is None
+        if appending and length > 1 and start > 0:
+            mask = causal_mask(length, last, x.device)
+        return self._finish(x, attend(q, *cache.rows(first, last), mask, appending and start == 0))
 
-    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, width) → q (B, H, T, D), rotated and scaled, k (B, KV, T, D), rotated, and v (B, KV, T, D)."""
+    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """(B, T, width) → rotated q (B, H, T, D), and rotated k followed by v (B, 2·KV, T, D)."""
         heads, key_heads, size = self.config.heads, self.config.key_heads, self.config.size
         shape = (*x.shape[:2], heads + 2 * key_heads, size)
-        if self.packed is not None:  # the scale of q is in its weights
+        if self.packed is not None:
             qkv = self.packed.qkv(x).view(shape)
             rotate_(qkv.narrow(2, 0, heads + key_heads), rotation)
-            q, k, v = qkv.transpose(1, 2).split((heads, key_heads, key_heads), 1)
-            return q, k, v
-        attention, x = self.self_attn, self.input_layernorm(x)
-        turned = torch.cat((attention.q_proj(x), attention.k_proj(x)), -1).view(*shape[:2], -1, size)
-        q, k = rotate(turned, rotation).transpose(1, 2).split((heads, key_heads), 1)
-        v = attention.v_proj(x).view(*shape[:2], -1, size).transpose(1, 2)
-        return q * size**-0.5, k, v
+        else:
+            attention, x = self.self_attn, self.input_layernorm(x)
+            turned = torch.cat((attention.q_proj(x), attention.k_proj(x)), -1).view(*shape[:2], -1, size)
+            values = attention.v_proj(x).view(*shape[:2], -1, size)
+            qkv = torch.cat((rotate(turned, rotation), values), 2)
+        qkv = qkv.transpose(1, 2)
+        return qkv.narrow(1, 0, heads), qkv.narrow(1, heads, 2 * key_heads)
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection, feed-forward, and both residual sums; attended is (B, H, T, D)."""

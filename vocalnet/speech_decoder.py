@@ -30,7 +30,6 @@ from vocalnet.layers import (
     RMSNorm,
     Rotary,
     Rotation,
-    cache_dtype,
     compute_dtype,
     pack_output,
     rotate,
@@ -233,7 +232,7 @@ class SpeechDecoder(nn.Module):
         self.mtp_layers = make_head(config.mtp_head, config.layer, config.vocabulary, config.mtp_modules)
         self.rotary = Rotary(config.layer.size, config.rotary_base)
         self.packed_output: PackedLinear | None = None
-        self.dtype = self.cache_dtype = torch.float32
+        self.dtype = torch.float32
         self._tables: dict[tuple[int, int, torch.dtype], tuple[Rotation, Rotation]] = {}
         self._biases: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
@@ -361,7 +360,7 @@ class SpeechDecoder(nn.Module):
             layer.pack(precision)
         self.mtp_layers.pack(precision, self.output_proj)
         self.packed_output = pack_output(self.output_proj, precision, self.norm)
-        self.dtype, self.cache_dtype = compute_dtype(precision), cache_dtype(precision, self.embedding.weight.device)
+        self.dtype = compute_dtype(precision)
         self.to(self.dtype).requires_grad_(False).eval()
 
     def init_state(
@@ -394,8 +393,10 @@ class SpeechDecoder(nn.Module):
         device = self.embedding.weight.device
 
         def caches(layers: Sequence[LayerConfig], capacity: int) -> list[KVCache]:
-            # With fixed shapes rows not yet written take part, with weight zero.
-            return [KVCache.allocate(batch, layer, capacity, self.cache_dtype, device, fixed) for layer in layers]
+            found = [KVCache.allocate(batch, layer, capacity, self.dtype, device) for layer in layers]
+            for cache in found if fixed else []:
+                cache.pair.zero_()  # rows not yet written take part, with weight zero
+            return found
 
         common = max_text + max_speech
         return SpeechState(
@@ -653,7 +654,7 @@ class SpeechDecoder(nn.Module):
             return (first, last), mask
         start = state.max_text - state.text_rows
         both = torch.full(
-            (texts + size, last - start), float("-inf"), dtype=self.cache_dtype, device=self.embedding.weight.device
+            (texts + size, last - start), float("-inf"), dtype=self.dtype, device=self.embedding.weight.device
         )
         both[texts:, first - start :] = 0 if mask is None else mask
         text = both[:texts, : state.text_rows]
@@ -699,11 +700,9 @@ class SpeechDecoder(nn.Module):
 
     def _causal_bias(self, size: int, capacity: int) -> Tensor:
         """(size, capacity) to add to scores: of the newest `size` columns each row sees those up to its own."""
-        key = (size, capacity, self.cache_dtype)
+        key = (size, capacity, self.dtype)
         if key not in self._biases:
-            bias = torch.full(
-                (size, capacity), float("-inf"), dtype=self.cache_dtype, device=self.embedding.weight.device
-            )
+            bias = torch.full((size, capacity), float("-inf"), dtype=self.dtype, device=self.embedding.weight.device)
             self._biases[key] = bias.triu_(capacity - size + 1)
         return self._biases[key]
 
