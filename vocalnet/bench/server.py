@@ -36,7 +36,7 @@ BROKEN = 0.05
 SILENCE_MS = 500  # server_vad's
 INTERRUPTERS = 4
 """Sessions that interrupt at once, or as many as the server takes: alone, an answer is often whole too soon."""
-QUIET = 0.02  # of full scale: what precedes the first word of a question, and must not interrupt
+QUIET = 0.02  # of full scale: what precedes the first word of a question and follows the last
 
 
 @dataclass(frozen=True)
@@ -279,13 +279,24 @@ def _account(chunks: list[tuple[float, float]], ended: float, done: float) -> Tu
     return Turn(first - ended, 0.0, late, done - ended, played)
 
 
+def _speech(path: Path) -> np.ndarray:
+    """A question at 24 kHz from its first loud sample to its last: times count from the end of speech, not of a file.
+
+    Raises:
+        AudioError: the file cannot be read.
+    """
+    samples = read_audio(path, ANSWER_RATE_HZ)
+    loud = np.flatnonzero(np.abs(samples) > QUIET)
+    return samples[loud[0] : loud[-1] + 1] if len(loud) else samples
+
+
 async def measure(url: str, config: LoadConfig, sessions: int, detect_turns: bool = False) -> Level:
     """One level of load: all sessions begin within one question's time."""
     from websockets.asyncio.client import connect
     from websockets.exceptions import WebSocketException
 
     level = Level(sessions)
-    sounds = [read_audio(path, ANSWER_RATE_HZ) for path in config.questions]
+    sounds = [_speech(path) for path in config.questions]
 
     async def session(number: int) -> None:
         try:
@@ -311,7 +322,7 @@ async def measure_interruptions(url: str, config: LoadConfig) -> Interruptions:
     from websockets.exceptions import WebSocketException
 
     result = Interruptions(min(INTERRUPTERS, config.max_sessions))
-    sounds = [read_audio(path, ANSWER_RATE_HZ) for path in config.questions]
+    sounds = [_speech(path) for path in config.questions]
 
     async def session(number: int) -> None:
         for turn in range(config.turns):
@@ -320,7 +331,7 @@ async def measure_interruptions(url: str, config: LoadConfig) -> Interruptions:
                 async with connect(url, max_size=None) as socket:
                     caller = Caller(socket, detect_turns=True)
                     await caller.begin()
-                    cut = await caller.interrupt(question, other[np.argmax(np.abs(other) > QUIET) :])
+                    cut = await caller.interrupt(question, other)
             except (VocalNetError, WebSocketException, OSError, asyncio.TimeoutError):
                 result.failed += 1
                 continue
