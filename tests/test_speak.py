@@ -219,6 +219,28 @@ def test_batches(world):
     assert coins.mean() == pytest.approx(config.streaming_probability, abs=0.08)
 
 
+def test_an_epoch_takes_all_answers_and_a_share_of_the_sentences(world, tmp_path):
+    data, config = world
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("answer_states"))
+    texts = tmp_path / "data" / "texts"
+    rows = [json.loads(line) for line in (texts / "train.jsonl").read_text().splitlines()]
+    (texts / "train.jsonl").write_text("\n".join(map(json.dumps, rows[:16])))  # two questions an answer
+    sentences = [{"text": row["spoken"]} for row in rows[16::2]]
+    (texts / "sentences.jsonl").write_text("\n".join(map(json.dumps, sentences)))
+    task = SpeakTask(replace(config, sentence_share=0.25), tmp_path / "data", 0)
+    tokens = {tuple(item.tokens.tolist()): item.text for item in task.train}
+
+    def taken(epoch):
+        return [tokens[tuple(row.tolist())] for batch in task.batches(epoch) for row in batch["tokens"]]
+
+    answers, others = {row["spoken"] for row in rows[:16]}, {row["text"] for row in sentences}
+    assert (len(answers), len(others)) == (8, 16)
+    for epoch in range(3):
+        assert answers <= set(taken(epoch))
+        assert len(taken(epoch)) == 8 + 4
+    assert others == {text for epoch in range(24) for text in taken(epoch)} - answers
+
+
 def train(task, steps):
     optimiser = torch.optim.AdamW(task.parameter_groups())
     losses = []

@@ -49,6 +49,7 @@ class SpeakTaskConfig:
     system: str = ""  # system prompt; the session must use the same
     init_decoder: Path | None = None  # folder of an exported decoder, to train on
     sentence_prompts: tuple[str, ...] = ("Tell me something.", "What else can you say?", "Please go on.")
+    sentence_share: float = 1.0  # of the sentences that answer nothing: how many an epoch takes, drawn anew each time
     questions_per_answer: int = 3
     train: Literal["all", "modules"] = "all"  # modules: the rest stays as init_decoder has it
     modules_from: Literal["init", "decoder"] = "init"  # decoder: modules begin as copies of its last layer and head
@@ -75,7 +76,7 @@ class SpeakTaskConfig:
     free_running: int = 24  # of these, how many are also generated
 
     def __post_init__(self) -> None:
-        for name in ("streaming_probability", "token_noise"):
+        for name in ("streaming_probability", "token_noise", "sentence_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
         if self.train == "modules" and self.init_decoder is None:
@@ -342,11 +343,18 @@ class SpeakTask:
         ]
 
     def batches(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """Every sentence once, under one of its questions; batches of about equal length, shuffled by (seed, epoch)."""
+        """Every answer and a share of the other sentences once, under one question each.
+
+        Batches are of about equal length, drawn and shuffled by (seed, epoch).
+        """
         generator = random.Random(f"{self.seed}/{epoch}")
         first = first_pairs(self.train)
         order = list(range(len(self.train)))
         generator.shuffle(order)
+        if self.config.sentence_share < 1:
+            others = [i for i in order if self.train[i].questions[0].question in self.config.sentence_prompts]
+            left_out = set(others[round(len(others) * self.config.sentence_share) :])
+            order = [i for i in order if i not in left_out]
         for group in _bucketed(order, self._rows, self.config.batch_positions, generator):
             pairs = [first[i] + generator.randrange(len(self.train[i].questions)) for i in group]
             coins = [generator.random() < self.config.streaming_probability for _ in group]
