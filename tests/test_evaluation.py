@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import tarfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -36,12 +36,12 @@ def heard(monkeypatch):
     monkeypatch.setattr(measures, "transcribe", lambda waves, **_: ["w1" for _ in waves])
 
 
-def shard(folder, count=3, rate=16_000):
-    with tarfile.open(folder / "valid-00000.tar", "w") as tar:
+def shard(folder, count=3, rate=16_000, name="valid", **more):
+    with tarfile.open(folder / f"{name}-00000.tar", "w") as tar:
         for index in range(count):
             sound = io.BytesIO()
             soundfile.write(sound, speech(0.4, index), rate, format="FLAC")
-            about = {"text": f"Question {index}?", "accept": ["w1"], "category": f"c{index % 2}", "voice": "v"}
+            about = {"text": f"Question {index}?", "accept": ["w1"], "category": f"c{index % 2}", "voice": "v", **more}
             for suffix, content in (("flac", sound.getvalue()), ("json", json.dumps(about).encode())):
                 member = tarfile.TarInfo(f"q{index}.{suffix}")
                 member.size = len(content)
@@ -77,6 +77,22 @@ def test_questions_are_read_in_order_and_limited(tmp_path):
     assert [item.id for item in items] == ["q0", "q1"]
     assert items[0].accept == ("w1",)
     assert len(items[0].clip.read(16_000)) == 6400
+
+
+def test_questions_that_follow_others_are_asked_after_them(tmp_path, heard):
+    shard(tmp_path, 2, name="dialogue", history=[["w1 w2", "w3 w4"]])
+    shard(tmp_path, 2)
+    suite = SUITES["mini-dialogue"]
+    assert suite.recognises(tmp_path)
+    items = read_items(suite, tmp_path)
+    assert [item.history for item in items] == [(("w1 w2", "w3 w4"),)] * 2
+    alone = [replace(item, history=()) for item in items]
+    told, untold = (run(these, tmp_path / name)["results"] for name, these in (("told", items), ("untold", alone)))
+    for one, other in zip(told, untold, strict=True):
+        assert one["right_written"] is not None
+        assert one["written"] != other["written"]  # the tiny model's answer hangs on all that it read
+        assert one["text"] != other["text"]
+    assert read_items(suite, suite.sample)[0].history
 
 
 def test_other_rates_are_resampled(tmp_path):

@@ -289,7 +289,7 @@ def evaluate(
 
     Example: vocalnet eval compare evaluations/mini evaluations/other
 
-    Suites: mini-qa, openaudiobench, voicebench, vocalbench, uro-bench, seed-tts-eval.
+    Suites: mini-qa, mini-dialogue, openaudiobench, voicebench, vocalbench, uro-bench, seed-tts-eval.
     """
     from vocalnet.errors import ConfigError
     from vocalnet.evaluation import command

@@ -99,10 +99,7 @@ class ModelAnswerer:
 
     def _respond(self, question: np.ndarray, item: Item) -> Answer:
         session = self.model.session(self.seed, self.generation)
-        if item.history:
-            prompt, embed = self.model.prompt, self.model.backbone.embed
-            session.turns = [Turn(embed(prompt.ids(q)), prompt.answer_ids(a)[:-1]) for q, a in item.history]
-            session.reread()
+        self._remember(session, item.history)
         for clip in item.earlier:
             _ask(session, clip.read())
         chunks, summary = _ask(session, question)
@@ -151,9 +148,18 @@ class ModelAnswerer:
         """The generation settings with room for a given text."""
         return replace(self.generation, max_text_tokens=max(tokens, self.generation.max_text_tokens))
 
-    def write(self, question: str) -> str:
+    def _remember(self, session: Session, history: Sequence[tuple[str, str]]) -> None:
+        """Lets a fresh session know what was asked and answered before."""
+        if not history:
+            return
+        prompt, embed = self.model.prompt, self.model.backbone.embed
+        session.turns = [Turn(embed(prompt.ids(q)), prompt.answer_ids(a)[:-1]) for q, a in history]
+        session.reread()
+
+    def write(self, question: str, history: Sequence[tuple[str, str]] = ()) -> str:
         """The answer to a written question: the same LLM and sampling, no ear, no voice."""
         session = self.model.session(self.seed, self.generation)
+        self._remember(session, history)
         session.push_text(question)
         summary = list(session.respond(speak=False))[-1]
         assert isinstance(summary, Summary)

@@ -17,7 +17,7 @@ from vocalnet.evaluation.items import Item
 from vocalnet.evaluation.report import LABELS, label_of, page, write
 from vocalnet.evaluation.run import PAGE, evaluate
 from vocalnet.evaluation.speech import unavailable
-from vocalnet.evaluation.suites import MINI_QA, Suite, find_suite, read_items
+from vocalnet.evaluation.suites import OWN, Suite, find_suite, read_items
 from vocalnet.evaluation.suites.hub import fetch_suite
 from vocalnet.evaluation.worker import DEFAULT_MEASURES, Measure, Settings
 from vocalnet.files import write_json, write_text
@@ -86,7 +86,7 @@ def items_of(options: Options, settings: Settings) -> tuple[Suite, list[Item]]:
         VocalNetError: see `find_suite`, `fetch_suite`, `read_items`.
     """
     suite, folder = find_suite(options.what)
-    if options.sample or (suite is MINI_QA and not options.data and not folder):
+    if options.sample or (suite in OWN and not options.data and not folder):
         folder = suite.sample
     folder = options.data or folder or fetch_suite(suite)
     spoken = bool(settings.model) or bool(options.conditions)

@@ -225,10 +225,10 @@ class Worker:
         """The same question in writing, for the retention."""
         if "retention" not in self.settings.measures or not isinstance(self.answerer, ModelAnswerer):
             return result
-        if item.clip is None or item.history or item.earlier or item.condition:
+        if item.clip is None or item.earlier or item.condition:
             return result
         try:
-            text = self.answerer.write(item.question)
+            text = self.answerer.write(item.question, item.history)
         except AudioError:  # longer, or emptier, than a question may be
             return result
         return replace(result, written=text, right_written=score(item, text))

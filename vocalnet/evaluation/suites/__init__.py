@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vocalnet.errors import ConfigError, DataError
@@ -48,14 +49,21 @@ class Suite:
 
     @property
     def sample(self) -> Path:
-        """What comes with the package, in the published form: all of mini-qa, a few items of our own for the others."""
+        """What comes with the package, in the published form: our own suites whole, a few items for the public ones."""
         return DATA / self.name
 
 
 MINI_QA = Suite("mini-qa", "mini-qa: held-out spoken questions", mini_qa.read, mini_qa.recognises)
-OPEN_AUDIO_BENCH = "baichuan-inc/OpenAudioBench"
+MINI_DIALOGUE = Suite(
+    "mini-dialogue",
+    "mini-dialogue: held-out questions that follow others",
+    partial(mini_qa.read, pattern=mini_qa.DIALOGUES),
+    partial(mini_qa.recognises, pattern=mini_qa.DIALOGUES),
+)
 SEED_TTS_LINK = "the link in the README of BytedanceSpeech/seed-tts-eval"
 SPEECH = Suite("speech", "Speech in a folder", speech_folder.read, speech_folder.recognises)
+OWN = (MINI_QA, MINI_DIALOGUE)
+"""Suites whose data come with the package, whole."""
 PUBLIC = (
     Suite(
         "openaudiobench",
@@ -69,7 +77,7 @@ PUBLIC = (
     Suite("uro-bench", "URO-Bench", urobench.read, urobench.recognises, "Honggao/URO-Bench", "URO-Bench-data.zip"),
     Suite("seed-tts-eval", "Seed-TTS-eval", seed_tts.read, seed_tts.recognises, source=SEED_TTS_LINK),
 )
-SUITES = {suite.name: suite for suite in (MINI_QA, *PUBLIC)}
+SUITES = {suite.name: suite for suite in (*OWN, *PUBLIC)}
 
 
 def find_suite(name: str) -> tuple[Suite, Path | None]:

@@ -1,7 +1,8 @@
-"""mini-qa: the project's own held-out spoken questions, in phrasings and voices that training never heard.
+"""The project's own held-out spoken questions, in phrasings and voices that training never heard.
 
-Published form: WebDataset shards `valid-*.tar` as data preparation writes them; a sample is NAME.flac and NAME.json
-with text, answer, accept, category and voice.
+mini-qa asks each in a fresh conversation; mini-dialogue asks what only makes sense after something else ("And of
+Spain?"). Published form: WebDataset shards `valid-*.tar` or `dialogue-*.tar` as data preparation writes them; a sample
+is NAME.flac and NAME.json with text, answer, accept, category, voice and history.
 """
 
 from __future__ import annotations
@@ -12,23 +13,24 @@ from pathlib import Path
 from vocalnet.errors import DataError
 from vocalnet.evaluation.items import Item, tar_samples
 
-PATTERN = "valid-*.tar"
+QUESTIONS = "valid-*.tar"
+DIALOGUES = "dialogue-*.tar"
 
 
-def recognises(folder: Path) -> bool:
+def recognises(folder: Path, pattern: str = QUESTIONS) -> bool:
     """Whether the folder looks like this suite."""
-    return any(folder.glob(PATTERN))
+    return any(folder.glob(pattern))
 
 
-def read(folder: Path) -> list[Item]:
+def read(folder: Path, pattern: str = QUESTIONS) -> list[Item]:
     """The questions in the shards' order.
 
     Raises:
         DataError: there are none, or a sample lacks its sound or its description.
     """
-    items = [item for archive in sorted(folder.glob(PATTERN)) for item in _read_shard(archive)]
+    items = [item for archive in sorted(folder.glob(pattern)) for item in _read_shard(archive)]
     if not items:
-        raise DataError(f"no {PATTERN} with questions in {folder}; run the questions step of data preparation")
+        raise DataError(f"no {pattern} with questions in {folder}; run the questions step of data preparation")
     return items
 
 
@@ -48,6 +50,7 @@ def _read_shard(archive: Path) -> list[Item]:
                 reference=about.get("answer", ""),
                 category=about["category"],
                 voice=about["voice"],
+                history=tuple((question, answer) for question, answer in about.get("history", ())),
             )
         )
     return items
