@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from vocalnet.backbone import Backbone, ForeignDecoder, LeanDecoder, is_lean, load_config
 from vocalnet.errors import CheckpointError, ConfigError
-from vocalnet.layers import int8_available
+from vocalnet.linears import int8_available
 from vocalnet.lora import LoraAdapter, save_lora
 
 SIZES = {

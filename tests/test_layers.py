@@ -9,21 +9,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from vocalnet.errors import ConfigError
-from vocalnet.layers import (
-    Int8Linear,
-    KVCache,
-    LayerConfig,
-    LlamaLayer,
-    RMSNorm,
-    Rotary,
-    causal_mask,
-    compute_dtype,
-    hadamard,
-    int8_available,
-    pack_linear,
-    spread,
-    spread_block,
-)
+from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, causal_mask
+from vocalnet.linears import Int8Linear, compute_dtype, hadamard, int8_available, pack_linear, spread, spread_block
+from vocalnet.norm import RMSNorm
 
 CONFIG = LayerConfig(width=48, heads=6, ffn=64, kv_heads=2, head_dim=8)
 needs_int8 = pytest.mark.skipif(not int8_available(), reason="no int8 kernels in this build of PyTorch")

@@ -10,7 +10,7 @@ import torch
 from tests.test_speech_decoder import GREEDY, TINY, make, run, teacher_forced, text
 from vocalnet.decoding import DecodingConfig
 from vocalnet.errors import ConfigError
-from vocalnet.layers import int8_available
+from vocalnet.linears import int8_available
 from vocalnet.mtp import MTP_HEADS
 from vocalnet.sampling import SamplingConfig
 

@@ -17,22 +17,10 @@ from torch import Tensor, nn
 
 from vocalnet.checkpoints.tensors import FolderWeights, Shape, StateWeights, Weights
 from vocalnet.errors import CheckpointError, ConfigError
-from vocalnet.layers import (
-    KVCache,
-    LayerConfig,
-    LlamaLayer,
-    PackedLinear,
-    Precision,
-    RMSNorm,
-    Rotary,
-    Rotation,
-    compute_dtype,
-    hadamard,
-    pack_linear,
-    spread,
-    spread_block,
-)
+from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, Rotation
+from vocalnet.linears import PackedLinear, Precision, compute_dtype, hadamard, pack_linear, spread, spread_block
 from vocalnet.lora import LoraAdapter
+from vocalnet.norm import RMSNorm
 
 # Families whose layers are exactly LlamaLayer; the rotary kinds have frequencies that do not depend on length.
 _LEAN_FAMILIES = ("llama", "qwen2", "mistral")

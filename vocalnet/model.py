@@ -21,7 +21,7 @@ from vocalnet.config import from_dict, to_dict
 from vocalnet.decoding import DecodingConfig, DecodingMode
 from vocalnet.encoder import EncoderConfig, SpeechEncoder
 from vocalnet.errors import CheckpointError
-from vocalnet.layers import Precision, compute_dtype
+from vocalnet.linears import Precision, compute_dtype
 from vocalnet.parts import CONFIG_FILE, load_part, read_json
 from vocalnet.prompt import ChatPrompt
 from vocalnet.sampling import SamplingConfig

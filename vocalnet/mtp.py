@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vocalnet.errors import ConfigError
-from vocalnet.layers import LayerConfig, LlamaLayer, PackedLinear, Precision, RMSNorm, pack_module, pack_output
+from vocalnet.layers import LayerConfig, LlamaLayer
+from vocalnet.linears import PackedLinear, Precision, pack_module, pack_output
+from vocalnet.norm import RMSNorm
 
 RunLayer = Callable[[LlamaLayer, Tensor, int], Tensor]
 """(layer, hidden (B, rows, width), depth) → hidden (B, rows, width): attention sees what depth `depth` may see."""

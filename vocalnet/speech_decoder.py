@@ -21,21 +21,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vocalnet.errors import ConfigError
-from vocalnet.layers import (
-    KVCache,
-    LayerConfig,
-    LlamaLayer,
-    PackedLinear,
-    Precision,
-    RMSNorm,
-    Rotary,
-    Rotation,
-    compute_dtype,
-    pack_output,
-    rotate,
-)
+from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, Rotation, rotate
+from vocalnet.linears import PackedLinear, Precision, compute_dtype, pack_output
 from vocalnet.mask import last_speech_row, training_mask, visible_text, visible_text_count
 from vocalnet.mtp import check_kind, make_head
+from vocalnet.norm import RMSNorm
 
 IGNORE = -100
 """Target of rows without one, as in `torch.nn.functional.cross_entropy`."""

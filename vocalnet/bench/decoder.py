@@ -27,7 +27,8 @@ from vocalnet.bench.report import machine
 from vocalnet.config import from_dict
 from vocalnet.decoding import generate_chunk
 from vocalnet.errors import ConfigError
-from vocalnet.layers import DenseLinear, HalfLinear, Int8Linear, LlamaLayer, PackedLinear, Precision, int8_available
+from vocalnet.layers import LlamaLayer
+from vocalnet.linears import DenseLinear, HalfLinear, Int8Linear, PackedLinear, Precision, int8_available
 from vocalnet.model import MINI
 from vocalnet.mtp import MTP_HEADS, check_kind
 from vocalnet.parts import CONFIG_FILE, read_json

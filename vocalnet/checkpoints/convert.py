@@ -20,7 +20,7 @@ from vocalnet.checkpoints.tensors import INDEX_FILE, Weights
 from vocalnet.checkpoints.voice import VOICE_FILE, load_voice, save_voice
 from vocalnet.config import to_dict
 from vocalnet.errors import CheckpointError
-from vocalnet.layers import Precision, compute_dtype
+from vocalnet.linears import Precision, compute_dtype
 from vocalnet.model import GenerationConfig, VocalNet, VocalNetConfig
 from vocalnet.parts import CONFIG_FILE, WEIGHTS_FILE
 from vocalnet.prompt import ChatPrompt
