@@ -48,6 +48,7 @@ from vocalnet.serving.formats import FORMATS, PCM, Decoder, Encoder, WireFormat,
 from vocalnet.serving.items import Item, Items
 from vocalnet.serving.metrics import Metrics
 from vocalnet.serving.outbox import Event, Outbox
+from vocalnet.serving.response import Made, Response
 from vocalnet.serving.scheduler import Lane
 from vocalnet.serving.vad import ONSET_MS, Started, Stopped, TurnDetector, TurnSettings, Vad, Voice
 from vocalnet.session import AudioChunk, Session, Summary, TextChunk
@@ -61,55 +62,6 @@ SLICE = QUESTION_RATE_HZ
 MIN_COMMIT_MS = 100
 MAX_UTTERANCE_BYTES = 60 * QUESTION_RATE_HZ * PCM.width
 """What is kept, to be retrieved, of a microphone that stays open without a commit."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """A piece of an answer, and what had been done when it was ready.
-
-    Attributes:
-        text_tokens, speech_tokens: of the answer.
-        stages_ms: work per stage.
-    """
-
-    piece: TextChunk | AudioChunk | Summary
-    text_tokens: int
-    speech_tokens: int
-    stages_ms: dict[str, float]
-
-
-@dataclass
-class Response:
-    """An answer on its way.
-
-    Attributes:
-        asked_at: when the question ended, on the conversation's clock.
-        pieces: how many pieces the model has made.
-    """
-
-    id: str
-    item: Item
-    config: ResponseConfig
-    modality: str
-    form: WireFormat
-    max_tokens: int | None
-    asked_at: float
-    vad_wait_ms: float | None
-    opened: bool = False
-    status: str = "in_progress"
-    reason: str | None = None
-    error: dict[str, Any] | None = None
-    pieces: int = 0
-    first_audio_at: float | None = None
-    sent_s: float = 0.0  # sound sent to the client
-    usage: dict[str, Any] | None = None
-    summary: Summary | None = None
-    made: Made | None = None  # the newest piece
-    late: int = 0
-
-    @property
-    def active(self) -> bool:
-        return self.status == "in_progress"
 
 
 class Tap:
@@ -557,7 +509,7 @@ class Conversation:
 
     async def _answer(self, response: Response) -> None:
         await self._tap.reached(f"begin {response.id}")
-        self._emit("response.created", response=self._response_event(response))
+        self._emit("response.created", response=self._event_of(response))
         encoder = Encoder(response.form)
         more = partial(self._more, response)
         try:
@@ -657,7 +609,7 @@ class Conversation:
 
     def _open(self, response: Response) -> None:
         response.opened = True
-        item, place = response.item, self._place(response)
+        item, place = response.item, response.place
         before = self._items.append_answer(item)
         part = {"type": "audio", "transcript": ""} if response.modality == "audio" else {"type": "text", "text": ""}
         in_response = {"response_id": response.id, "output_index": 0}
@@ -673,7 +625,7 @@ class Conversation:
         if status in ("cancelled", "failed"):
             self.outbox.drop_deltas(response.id)
             self._playing_until = 0.0
-        item, place = response.item, self._place(response)
+        item, place = response.item, response.place
         item.status = "completed" if status == "completed" else "incomplete"
         if response.opened:
             text = item.text or ""
@@ -689,7 +641,7 @@ class Conversation:
             self._emit("response.output_item.done", response_id=response.id, output_index=0, item=item.event())
         if response.summary:
             self._emit_latency(response, final=True)
-        self._emit("response.done", response=self._response_event(response))
+        self._emit("response.done", response=self._event_of(response))
         self._make_room()
         self._note(response)
 
@@ -703,8 +655,8 @@ class Conversation:
         metrics, summary = self._around.metrics, response.summary
         metrics.responses.labels(response.status).inc()
         fields: dict[str, Any] = {"session": self.id, "response": response.id, "status": response.status}
-        if response.first_audio_at is not None:
-            fields["first_audio_ms"] = round(1000 * (response.first_audio_at - response.asked_at), 1)
+        if response.first_audio_ms is not None:
+            fields["first_audio_ms"] = response.first_audio_ms
         if summary:
             if summary.audio_s:
                 metrics.real_time_factor.observe(summary.rtf)
@@ -722,56 +674,17 @@ class Conversation:
 
     # ---- emitting ----
 
-    def _place(self, response: Response) -> Event:
-        return {"response_id": response.id, "item_id": response.item.id, "output_index": 0, "content_index": 0}
-
-    def _response_event(self, response: Response) -> Event:
-        done = not response.active
-        details = {"type": response.status, "reason": response.reason, "error": response.error} if done else None
-        form = next(name for name, form in FORMATS.items() if form is response.form)
-        rate = {"rate": PCM.rate_hz} if response.form is PCM else {}
-        return {
-            "id": response.id, "object": "realtime.response", "status": response.status, "status_details": details,
-            "output": [response.item.event()] if done and response.opened else [],
-            "conversation_id": f"conv_{self.id.removeprefix('sess_')}", "output_modalities": [response.modality],
-            "max_output_tokens": response.max_tokens or "inf",
-            "audio": {"output": {"format": {"type": form, **rate}, "voice": self.config.audio.output.voice}},
-            "metadata": response.config.metadata, "usage": self._usage(response) if done else None,
-        }  # fmt: skip
-
-    def _usage(self, response: Response) -> Event:
-        """Zeros where nothing was read or made: clients read the numbers of every response."""
-        used = response.usage or {"input_tokens": 0, "cached_tokens": 0, "audio_tokens": 0}
-        read, cached, audio_in = used["input_tokens"], used["cached_tokens"], used["audio_tokens"]
-        made = response.made
-        text, audio = (made.text_tokens, made.speech_tokens) if made else (0, 0)
-        return {
-            "total_tokens": read + text + audio, "input_tokens": read, "output_tokens": text + audio,
-            "input_token_details": {
-                "cached_tokens": cached, "text_tokens": read - audio_in, "audio_tokens": audio_in, "image_tokens": 0,
-            },
-            "output_token_details": {"text_tokens": text, "audio_tokens": audio},
-        }  # fmt: skip
+    def _event_of(self, response: Response) -> Event:
+        return response.event(f"conv_{self.id.removeprefix('sess_')}", self.config.audio.output.voice)
 
     def _emit_latency(self, response: Response, final: bool) -> None:
-        """What the stages took, for clients that asked for it (an event beyond the protocol)."""
-        if not self.config.vocalnet.events:
-            return
-        first = response.first_audio_at
-        fields: Event = {
-            "response_id": response.id, "final": final, "vad_wait_ms": response.vad_wait_ms,
-            "first_audio_ms": None if first is None else round(1000 * (first - response.asked_at), 1),
-            "stages_ms": response.made.stages_ms if response.made else {},
-        }  # fmt: skip
-        if response.summary:
-            made = response.summary
-            fields |= {"total_ms": made.total_ms, "rtf": made.rtf, "audio_s": made.audio_s}
-            fields["tokens_per_step"] = made.tokens_per_step
-        self._emit("vocalnet.response.latency", **fields)
+        """For clients that asked for it (an event beyond the protocol)."""
+        if self.config.vocalnet.events:
+            self._emit("vocalnet.response.latency", **response.latency(final))
 
     def _emit_delta(self, response: Response, kind: str, delta: str | bytes) -> None:
         if delta:
-            self._put(kind, {**self._place(response), "delta": delta}, response.id)
+            self._put(kind, {**response.place, "delta": delta}, response.id)
 
     def _emit(self, kind: str, **fields: Any) -> None:
         self._put(kind, fields)
