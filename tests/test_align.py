@@ -2,8 +2,10 @@
 
 import io
 import json
+import random
 import shutil
 import tarfile
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from vocalnet.adapter import AdapterConfig
 from vocalnet.errors import CheckpointError, ConfigError, DataError
 from vocalnet.lora import LoraAdapter
-from vocalnet.training.align import AlignTask, AlignTaskConfig, LoraSettings, Utterance
+from vocalnet.training.align import AlignTask, AlignTaskConfig, LoraSettings, Question, Utterance, balanced
 
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
@@ -262,6 +264,22 @@ def test_batches_depend_on_seed_and_epoch_alone(config, data):
     spoken = sum(len(batch.get("frames", ())) for batch in first.batches(0))
     written = sum(len(batch["questions"]) for batch in first.batches(0)) - spoken
     assert spoken == written == len(first.utterances)
+
+
+def test_small_categories_can_weigh_more():
+    sizes = {"large": 64, "small": 4, "single": 1}
+    questions = [Question(f"{name} {i}", (), (), (), (), name) for name, size in sizes.items() for i in range(size)]
+    assert balanced(questions, 1, random.Random(0)) == questions
+
+    def shares(power):
+        drawn = balanced(questions, power, random.Random(0))
+        assert len(drawn) == pytest.approx(len(questions), abs=2)
+        return Counter(question.category for question in drawn), Counter(drawn)
+
+    counts, times = shares(0.5)  # 8 : 2 : 1 of 69
+    assert counts == {"large": 50, "small": 13, "single": 6}
+    assert {times[question] for question in questions if question.category == "small"} == {3, 4}
+    assert shares(0)[0] == {"large": 23, "small": 23, "single": 23}
 
 
 def test_utterances_are_read_where_the_archive_has_them(config, data):

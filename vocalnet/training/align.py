@@ -62,6 +62,7 @@ class AlignTaskConfig:
     adapter_lr: float = 1e-3
     lora_lr: float = 5e-4
     batch_size: int = 32
+    category_power: float = 1.0  # of written questions: n of a category count as n^power; below 1 small ones weigh more
     frame_noise: float = 0.0  # Gaussian noise on encoder frames in training, relative to their standard deviation
     text_fraction: float = 0.5  # of the samples in phase `answers`: written questions in place of spoken ones
     ctc_weight: float = 0.3
@@ -74,6 +75,8 @@ class AlignTaskConfig:
             raise ConfigError("train_adapter and train_lora are both false; nothing would be trained")
         if not 0.0 <= self.text_fraction < 1.0:
             raise ConfigError(f"text_fraction is {self.text_fraction}; allowed: 0 up to, not including, 1")
+        if not 0.0 <= self.category_power <= 1.0:
+            raise ConfigError(f"category_power is {self.category_power}; allowed: 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Question:
     ids: tuple[int, ...]
     answer_ids: tuple[int, ...]  # with the end-of-turn token
     history_ids: tuple[int, ...] = ()  # earlier exchanges, between the prompt's prefix and the question
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def load_questions(file: Path, prompt: ChatPrompt) -> dict[str, Question]:
             tuple(prompt.ids(row["question"])),
             tuple(prompt.answer_ids(row["answer"])),
             tuple(prompt.history_ids(history)) if history else (),
+            row.get("category", ""),
         )
     if not questions:
         raise DataError(f"{file} is empty; run the texts step of data preparation again")
@@ -196,6 +201,21 @@ def load_llm(folder: Path, config: AlignTaskConfig) -> Any:
     return get_peft_model(llm, settings)
 
 
+def balanced(questions: Sequence[Question], power: float, generator: random.Random) -> list[Question]:
+    """About as many questions, a category of n with a share in proportion to n^power (1: each question once)."""
+    if power == 1:
+        return list(questions)
+    categories: dict[str, list[Question]] = {}
+    for question in questions:
+        categories.setdefault(question.category, []).append(question)
+    whole = sum(len(members) ** power for members in categories.values())
+    items = []
+    for members in categories.values():
+        times, rest = divmod(round(len(questions) * len(members) ** power / whole), len(members))
+        items += members * times + generator.sample(members, rest)
+    return items
+
+
 class AlignTask:
     """Stage 1 for the engine (see `vocalnet.training.task.Task`)."""
 
@@ -264,7 +284,7 @@ class AlignTask:
         generator = random.Random(f"{self.seed}/{epoch}")
         items: list[Question | Utterance] = list(self.utterances)
         if self.config.phase == "answers_text":
-            items = list(self.texts.values())
+            items = list(balanced(list(self.texts.values()), self.config.category_power, generator))
         elif self.config.phase == "answers":
             share = self.config.text_fraction
             wanted = round(len(items) * share / (1 - share))
