@@ -241,7 +241,7 @@ def evaluate_heads(recipe: Ablation) -> list[Cell]:
             items = everything[: recipe.sentences]
         decoder = load_part(SpeechDecoder, SpeechDecoderConfig, training.output)
         planned = list(cells(recipe, name, decoder.config, sha256_of(training.output / WEIGHTS_FILE)[:16]))
-        rows = [states.rows(first[i], decoder) for i in range(len(items))]
+        rows = [states.rows(first[i]) for i in range(len(items))]
         decoder.prepare_inference()
         for cell in tqdm(planned, desc=name, unit="cell"):
             if cell.key not in known:

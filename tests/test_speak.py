@@ -145,7 +145,7 @@ def test_states_are_those_of_the_llm(world):
     prompt = states.prompt.text_ids(pair.asked.question)
     ids = prompt + states.prompt.answer_ids(pair.answer)[:-1]
     hidden = backbone.prefill(backbone.embed(ids), backbone.init_state(len(ids)))[0, len(prompt) :]
-    rows = states.rows(index, task.model.decoder)
+    rows = states.rows(index)
     torch.testing.assert_close(rows[:-1, :48], hidden.float(), atol=0.05, rtol=0.05)
     torch.testing.assert_close(rows[:-1, 48:], backbone.embed(ids)[0, len(prompt) :].float(), atol=0.01, rtol=0.01)
     assert rows[-1, :48].equal(rows[-1, 48:])  # the end token: its embedding twice
@@ -350,6 +350,32 @@ def test_every_head_trains_on_a_trained_decoder(world, tmp_path, kind):
         assert "token_error_k3" in task.validate()
 
 
+def test_letters_are_added_to_a_trained_decoder_without_a_change(world, tmp_path):
+    data, config = world
+    trained = SpeechDecoder(DECODER)
+    save_part(trained, DECODER, tmp_path)
+    spelled = replace(DECODER, text_input="hidden+embedding+spelling")
+    chosen = replace(config, decoder=spelled, init_decoder=tmp_path, token_noise=0.0, letters_alone=0.4)
+    task, old = SpeakTask(chosen, data, 0), SpeakTask(replace(config, init_decoder=tmp_path), data, 0)
+    batch, before = next(task.batches(0)), next(old.batches(0))
+    with torch.no_grad():
+        now, then = (t.model.decoder.training_pass(b["text"], b["tokens"], b["streaming"], 0).logits[0]
+                     for t, b in ((task, batch), (old, before)))  # fmt: skip
+    torch.testing.assert_close(now, then)
+    rows = torch.cat(batch["text"])
+    veiled = [task._veiled(rows) for _ in range(50)]
+    shares = torch.stack([(row[:, :96] == 0).all(1).float().mean() for row in veiled])
+    assert shares.mean() == pytest.approx(0.4, abs=0.1)
+    assert all(row[:, 96:].equal(rows[:, 96:]) for row in veiled)
+    weight = task.model.decoder.text_input.proj.weight
+    losses = train(task, 24)
+    assert sum(row["ce0"] for row in losses[-3:]) < 0.95 * sum(row["ce0"] for row in losses[:3])
+    assert weight[:, 96:].abs().max() > 0
+    save_part(task.model.decoder, task.model.decoder.config, tmp_path)
+    with pytest.raises(ConfigError, match="was trained on 'hidden\\+embedding\\+spelling'"):
+        SpeakTask(replace(config, init_decoder=tmp_path), data, 0)
+
+
 def test_own_answers_are_what_the_decoder_says(world, tmp_path):
     data, config = world
     save_part(SpeechDecoder(DECODER), DECODER, tmp_path)
@@ -358,7 +384,7 @@ def test_own_answers_are_what_the_decoder_says(world, tmp_path):
     recorded = load_spoken(data, "train", config)
     decoder, states = task.model.decoder, task.states["train"]
     for i in (0, 7):
-        rows = states.rows(sum(len(item.questions) for item in recorded[:i]), decoder)
+        rows = states.rows(sum(len(item.questions) for item in recorded[:i]))
         state = decoder.init_state(len(rows) + 1, 256, 0)
         decoder.add_text(rows, state, last=True)
         limit = int(1.5 * len(recorded[i].tokens)) + 1

@@ -57,7 +57,7 @@ def tiny_model(seed=0, **generation):
     decoder = SpeechDecoder(
         SpeechDecoderConfig(
             llm_hidden_size=48, width=32, heads=2, ffn=48, units=UNITS, layers=2, projector_layers=1, mtp_modules=2,
-            text_input="hidden+embedding", speech_position_scale=0.2,
+            text_input="hidden+embedding+spelling", speech_position_scale=0.2,
         )
     )  # fmt: skip
     decoder.prepare_inference()

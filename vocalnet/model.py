@@ -26,6 +26,7 @@ from vocalnet.parts import CONFIG_FILE, load_part, read_json
 from vocalnet.prompt import ChatPrompt
 from vocalnet.sampling import SamplingConfig
 from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.text_rows import TextRows
 from vocalnet.vocoder import Vocoder
 from vocalnet.vocoder.flow import Flow, FlowConfig, FlowPrompt
 from vocalnet.vocoder.hift import HiFT, HiFTConfig
@@ -139,6 +140,9 @@ class VocalNet:
         self.flow = flow
         self.vocoder = vocoder
         self.voice = voice
+        self.text_rows = TextRows(
+            speech_decoder.config.text_views, lambda ids: backbone.embed(ids)[0], prompt.tokenizer
+        )
         self.text_end_id = prompt.token_id(config.text_end) if config.text_end else prompt.end_id
 
     @classmethod

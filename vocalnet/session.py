@@ -521,16 +521,15 @@ class _Answer:
                 break
             hidden, logits = backbone.step(token, session._state)
             self.ids.append(token)
-            rows.append(model.speech_decoder.text_rows(hidden, backbone.embed([token])[0]))
+            rows.append(model.text_rows(hidden, [token]))
             if len(self.ids) >= self.limit:
                 self.complete = True
                 break
         if self.complete:
-            end = backbone.embed([model.text_end_id])[0]
-            rows.append(model.speech_decoder.text_rows(end, end))
+            rows.append(model.text_rows.end(model.text_end_id))
         self.prepared.timings.add("text", since)
         width = model.speech_decoder.config.input_size
-        return logits, torch.cat(rows).float() if rows else torch.zeros(0, width)
+        return logits, torch.cat(rows) if rows else torch.zeros(0, width)
 
     def _next_token(self, logits: Tensor) -> int:
         session, history = self.session, torch.tensor([self.ids], dtype=torch.long)

@@ -26,6 +26,7 @@ from vocalnet.linears import PackedLinear, Precision, compute_dtype, pack_output
 from vocalnet.mask import last_speech_row, training_mask, visible_text, visible_text_count
 from vocalnet.mtp import check_kind, make_head
 from vocalnet.norm import RMSNorm
+from vocalnet.text_rows import SPELLING_SIZE
 
 IGNORE = -100
 """Target of rows without one, as in `torch.nn.functional.cross_entropy`."""
@@ -52,7 +53,7 @@ class SpeechDecoderConfig:
     mtp_modules: int = 5
     text_chunk: int = 5
     speech_chunk: int = 15
-    text_input: Literal["hidden", "hidden+embedding"] = "hidden"
+    text_input: Literal["hidden", "hidden+embedding", "hidden+embedding+spelling"] = "hidden"  # see `TextRows`
     speech_position_scale: float = 1.0
     scaled_heads: int | None = None
     rotary_base: float = 10000.0
@@ -98,8 +99,13 @@ class SpeechDecoderConfig:
 
     @property
     def input_size(self) -> int:
-        """Width of one text row as the LLM gives it."""
-        return self.llm_hidden_size * (2 if self.text_input == "hidden+embedding" else 1)
+        """Width of one text row."""
+        return sum(SPELLING_SIZE if view == "spelling" else self.llm_hidden_size for view in self.text_views)
+
+    @property
+    def text_views(self) -> list[str]:
+        """What a text row holds of a token, in order."""
+        return self.text_input.split("+")
 
     @property
     def layer(self) -> LayerConfig:
@@ -115,20 +121,21 @@ def layers_of(modules: nn.ModuleList) -> list[LlamaLayer]:
 class TextInput(nn.Module):
     """Brings the LLM's rows to the decoder's width.
 
-    Two views of each token are normalised apart, since an input embedding (RMS about 0.1) would drown beside a hidden
-    state (RMS about 1): the hidden state knows the context, the embedding the spelling.
+    Its two views of each token are normalised apart, since an input embedding (RMS about 0.1) would drown beside a
+    hidden state (RMS about 1): the hidden state knows the context, the embedding the word. Letters come as they are.
     """
 
     def __init__(self, config: SpeechDecoderConfig) -> None:
         super().__init__()
-        views = config.input_size // config.llm_hidden_size
-        self.norms = nn.ModuleList(RMSNorm(config.llm_hidden_size, config.eps) for _ in range(views))
+        self.sizes = [config.llm_hidden_size for view in config.text_views if view != "spelling"]
+        self.norms = nn.ModuleList(RMSNorm(size, config.eps) for size in self.sizes)
         self.proj = nn.Linear(config.input_size, config.width)
 
     def forward(self, rows: Tensor) -> Tensor:
         """(B, T, input_size) → (B, T, width)."""
-        views = rows.chunk(len(self.norms), -1)
-        return self.proj(torch.cat([norm(view) for norm, view in zip(self.norms, views, strict=True)], -1))
+        *views, rest = rows.split([*self.sizes, rows.shape[-1] - sum(self.sizes)], -1)
+        normed = [norm(view) for norm, view in zip(self.norms, views, strict=True)]
+        return self.proj(torch.cat([*normed, rest], -1))
 
 
 @dataclass
@@ -225,14 +232,6 @@ class SpeechDecoder(nn.Module):
         self.dtype = torch.float32
         self._tables: dict[tuple[int, int, torch.dtype], tuple[Rotation, Rotation]] = {}
         self._biases: dict[tuple[int, int, torch.dtype], Tensor] = {}
-
-    def text_rows(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """One row per text token: hidden states after the LLM read it, and its input embedding if configured.
-
-        (..., T, llm_hidden_size) each → (..., T, input_size). The end token that closes a text has no hidden state;
-        give its input embedding for both.
-        """
-        return torch.cat((hidden, embedding), -1) if self.config.text_input == "hidden+embedding" else hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., width) before the final norm → (..., vocabulary)."""
@@ -433,7 +432,7 @@ class SpeechDecoder(nn.Module):
         """Gives more of the answer's text.
 
         Args:
-            rows: (T, input_size), any T ≥ 0, see `text_rows`; (B, T, input_size) for several answers.
+            rows: (T, input_size), any T ≥ 0, see `vocalnet.text_rows`; (B, T, input_size) for several answers.
             last: no text follows; the end token's row is the last one here (released checkpoints and ours need it).
 
         Raises:

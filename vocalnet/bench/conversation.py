@@ -140,9 +140,9 @@ def _chunk_costs(model: VocalNet, generation: Any, ids: list[int]) -> list[float
         rows = []
         for token in ids[position : position + size]:
             hidden, _ = backbone.step(token, state)
-            rows.append(decoder.text_rows(hidden, backbone.embed([token])[0]))
+            rows.append(model.text_rows(hidden, [token]))
         position += size
-        speaker.add_text(torch.cat(rows).float(), last=False)
+        speaker.add_text(torch.cat(rows), last=False)
         for _ in speaker.speak():
             pass
         costs.append(1000 * (time.perf_counter() - since))

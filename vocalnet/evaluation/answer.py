@@ -123,9 +123,7 @@ class ModelAnswerer:
         state = model.backbone.init_state(len(prompt) + len(ids))
         embed = model.backbone.embed
         hidden = model.backbone.prefill(embed([*prompt, *ids]), state)[0, len(prompt) :]  # (T, D)
-        end = embed([model.prompt.end_id])[0]
-        embeddings = torch.cat((embed(ids)[0], end)) if ids else end
-        rows = model.speech_decoder.text_rows(torch.cat((hidden, end)), embeddings).float()
+        rows = torch.cat((model.text_rows(hidden, ids), model.text_rows.end(model.prompt.end_id)))
         timings, generator = Timings(), torch.Generator().manual_seed(self.seed)
         speaker = Speaker(model, self._allowing(len(ids)), generator, timings)
         speaker.add_text(rows, last=True)

@@ -32,6 +32,7 @@ from vocalnet.prompt import ChatPrompt, Turn
 from vocalnet.sampling import SamplingConfig, draw
 from vocalnet.shards import read_arrays, text_id
 from vocalnet.speech_decoder import IGNORE, SpeechDecoder, SpeechDecoderConfig, TrainingPass, layers_of, token_losses
+from vocalnet.text_rows import SPELLING_SIZE, TextRows
 from vocalnet.training.own_answers import own_answers
 
 POOL_BATCHES = 16  # batches are cut from length-sorted pools of this many, then shuffled
@@ -67,6 +68,7 @@ class SpeakTaskConfig:
     order_weight: float = 0.0  # of token-order prediction, on one extra head
     order_window: int = 16  # tokens ahead that it ranks
     token_noise: float = 0.1  # share of input speech tokens replaced by random ones: errors then stay small
+    letters_alone: float = 0.0  # share of text tokens shown by their letters alone, where the decoder sees those
     phoneme_weight: float = 0.3  # of the auxiliary phoneme classification
     guide_weight: float = 0.3  # of the loss that points a few heads at the word being said
     guide_layer: int = 1
@@ -76,7 +78,7 @@ class SpeakTaskConfig:
     free_running: int = 24  # of these, how many are also generated
 
     def __post_init__(self) -> None:
-        for name in ("streaming_probability", "token_noise", "sentence_share"):
+        for name in ("streaming_probability", "token_noise", "sentence_share", "letters_alone"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
         if self.train == "modules" and self.init_decoder is None:
@@ -225,15 +227,14 @@ class AnswerStates:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._fill(pairs)
         self.hidden, self.ids = self._load(len(pairs))
-        self.table = self._embedding_table()
+        table = self._embedding_table()
+        self.text_rows = TextRows(config.decoder.text_views, table.__getitem__, self.prompt.tokenizer)
+        self.end = self.text_rows.end(self.prompt.end_id)
         self._words: dict[int, Tensor] = {}
 
-    def rows(self, index: int, decoder: SpeechDecoder) -> Tensor:
+    def rows(self, index: int) -> Tensor:
         """(T + 1, input_size): the text rows of pair `index`, the end token's last."""
-        end = self.table[self.prompt.end_id][None]
-        hidden = torch.cat((self.hidden[index].float(), end.float()))
-        embedding = torch.cat((self.table[self.ids[index]], end)).float()
-        return decoder.text_rows(hidden, embedding)
+        return torch.cat((self.text_rows(self.hidden[index], self.ids[index].tolist()), self.end))
 
     def words(self, index: int) -> Tensor:
         """(T + 2,): the word of each text row of pair `index`; BOS has none (-1), the end token the number of words."""
@@ -368,7 +369,7 @@ class SpeakTask:
         everything = config.train == "all"
         guided = (config.guide_layer, config.guide_heads) if config.guide_weight and everything else None
         result = decoder.training_pass(
-            batch["text"],
+            [self._veiled(rows) for rows in batch["text"]] if everything else batch["text"],
             batch["tokens"],
             batch["streaming"],
             modules,
@@ -427,7 +428,7 @@ class SpeakTask:
         lengths = [len(item.tokens) for item in self.train]
         made = own_answers(
             decoder,
-            lambda index: states.rows(first[index], decoder),
+            lambda index: states.rows(first[index]),
             lengths,
             data_dir / "own_answers",
             states.folder.name,
@@ -447,6 +448,15 @@ class SpeakTask:
         other = torch.randint_like(tokens, self.model.decoder.config.units)
         return torch.where(torch.rand(tokens.shape, device=tokens.device) < self.config.token_noise, other, tokens)
 
+    def _veiled(self, rows: Tensor) -> Tensor:
+        """Text rows (T, input_size), some of them without all but the letters."""
+        config = self.model.decoder.config
+        if not self.config.letters_alone or "spelling" not in config.text_views:
+            return rows
+        dense = torch.arange(rows.shape[-1], device=rows.device) < rows.shape[-1] - SPELLING_SIZE
+        alone = torch.rand(len(rows), 1, device=rows.device) < self.config.letters_alone
+        return rows.masked_fill(alone & dense, 0)
+
     def _rows(self, index: int) -> int:
         """Rows of a sentence, about: text tokens are some 4 characters long."""
         return len(self.train[index].tokens) + len(self.train[index].text) // 4 + 3
@@ -456,7 +466,7 @@ class SpeakTask:
     ) -> dict[str, Any]:
         """`text`, `tokens`, `phonemes`, `words`, `text_words`: a tensor per sample; `streaming` (B,) bool."""
         return {
-            "text": [states.rows(pair, self.model.decoder) for pair in pairs],
+            "text": [states.rows(pair) for pair in pairs],
             "tokens": [item.tokens for item in items],
             "phonemes": [item.phonemes for item in items],
             "words": [item.words for item in items],
@@ -491,7 +501,7 @@ class SpeakTask:
         edits = total = 0
         for i in chosen:
             tokens = self.valid[i].tokens.tolist()
-            text = self.states["valid"].rows(first[i], decoder).to(decoder.embedding.weight.device)
+            text = self.states["valid"].rows(first[i]).to(decoder.embedding.weight.device)
             state = decoder.init_state(len(text) + 1, 2 * len(tokens) + 32, modules)
             decoder.add_text(text, state, last=True)
             edits += edit_distance(generate_chunk(decoder, state, SamplingConfig(), 2 * len(tokens) + 16), tokens)
@@ -576,19 +586,27 @@ def order_loss(scores: Tensor, tokens: Sequence[Tensor], window: int, group: int
 
 
 def start_decoder(folder: Path, config: SpeechDecoderConfig, fresh: bool = False) -> SpeechDecoder:
-    """A trained decoder with the MTP modules that `config` asks for.
+    """A trained decoder with the text input and the MTP modules that `config` asks for.
 
-    They are the folder's own if it has the same kind and number, unless `fresh`; else they begin as copies of the
-    decoder's last layer and output head, from which they learn several times faster than from random weights.
+    The modules are the folder's own if it has the same kind and number, unless `fresh`; else they begin as copies of
+    the decoder's last layer and output head, from which they learn several times faster than from random weights.
+    Views of the text that the trained decoder did not have begin without effect.
     """
     trained = load_part(SpeechDecoder, SpeechDecoderConfig, folder)
+    wanted = {name: getattr(config, name) for name in ("text_input", "mtp_head", "mtp_modules")}
+    if not config.text_input.startswith(trained.config.text_input):
+        raise ConfigError(f"text_input is '{config.text_input}'; {folder} was trained on '{trained.config.text_input}'")
+    decoder = SpeechDecoder(replace(trained.config, **wanted))
+    initialise(decoder)
+    state = trained.state_dict()
+    if config.text_input != trained.config.text_input:
+        weight = state["text_input.proj.weight"]
+        state["text_input.proj.weight"] = F.pad(weight, (0, decoder.config.input_size - weight.shape[1]))
     own = (trained.config.mtp_head, trained.config.mtp_modules)
     if not fresh and own == (config.mtp_head, config.mtp_modules):
-        return trained
-    decoder = SpeechDecoder(replace(trained.config, mtp_head=config.mtp_head, mtp_modules=config.mtp_modules))
-    initialise(decoder)
-    common = {name: value for name, value in trained.state_dict().items() if not name.startswith("mtp_layers.")}
-    decoder.load_state_dict(common, strict=False)
+        decoder.load_state_dict(state)
+        return decoder
+    decoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("mtp_layers.")}, strict=False)
     decoder.mtp_layers.start_from(layers_of(decoder.decode_layers)[-1], decoder.norm, decoder.output_proj)
     return decoder
 
