@@ -3,7 +3,7 @@
 # interrupted one goes on where it stopped.
 #
 #   SIZE=tiny  recipes/reproduce.sh    tens of minutes on two cores: shows that every step works, teaches little
-#   SIZE=small recipes/reproduce.sh    the mini model of the package: almost five hours of training, and the data
+#   SIZE=small recipes/reproduce.sh    the mini model of the package: ten hours of training, and two for the data
 #   SIZE=full  recipes/reproduce.sh    more data and time, for more cores or an accelerator
 #
 # Processor time of the data steps on one core, measured: tiny 36 s in all (hibari alone). small, the other core at work
@@ -29,7 +29,7 @@ declare -A minutes quick
 stages=(vocoder tokenizer align_text align_ctc align flow speak speak_modules vocoder_finetune)
 case $SIZE in
   tiny) times=(0.5 0.5 0.5 0.3 0.5 0.5 0.5 0.3 0.3); SOURCES=${SOURCES:-hibari} ;;
-  small) times=(10 26 30 20 20 25 120 10 25); SOURCES=${SOURCES:-kokoro,hibari,flite} ;;
+  small) times=(10 26 160 50 20 25 270 10 25); SOURCES=${SOURCES:-kokoro,hibari,flite} ;;
   full) times=(30 90 60 45 60 90 240 30 40); SOURCES=${SOURCES:-kokoro,hibari,flite} ;;
   *) echo "error: SIZE is '$SIZE'; allowed: tiny, small, full" >&2; exit 2 ;;
 esac
