@@ -273,6 +273,21 @@ def test_task_trains_validates_and_exports(data, tmp_path):
     assert shapes == {"valid0.npy": (16, 80), "valid1.npy": (34, 80)}
 
 
+def test_the_encoder_trains_alone_on_its_share_of_the_loss(data):
+    task = FlowTask(FlowTaskConfig(flow=tiny_config(), train="encoder", lr=3e-3), data, seed=1)
+    batch = next(iter(task.batches(0)))
+    arguments = (batch["tokens"], batch["mel"], batch["lengths"])
+    _, whole = task.model.cfm_loss(*arguments)
+    loss, metrics = task.loss(batch, 0)
+    assert metrics.keys() == {"prior"}
+    assert metrics["prior"].item() == pytest.approx(whole["prior"].item(), rel=1e-6)
+    assert loss.item() == pytest.approx(task.config.flow.prior_weight * metrics["prior"].item(), rel=1e-6)
+    trained = [parameter for group in task.parameter_groups() for parameter in group["params"]]
+    assert not {id(p) for p in task.model.decoder.parameters()} & {id(p) for p in trained}
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in trained), "all that trains is taught"
+
+
 def test_encoder_starts_from_the_tokenizers_decoder(data, tmp_path):
     sizes = TokenizerConfig(levels=(4, 5, 3), width=16, hidden=16, token_blocks=1, frame_blocks=1)
     tokenizer = SpeechTokenizer(sizes).eval()
@@ -282,6 +297,15 @@ def test_encoder_starts_from_the_tokenizers_decoder(data, tmp_path):
     tokens = torch.randint(60, (1, 12))
     torch.testing.assert_close(task.model.estimate(tokens)[0], tokenizer.decode(tokens[0]), atol=1e-4, rtol=0)
     assert sorted({group["lr"] for group in task.parameter_groups()}) == [1e-4, 2e-3]
+    task.model.save(tmp_path / "flow")
+    other = SpeechTokenizer(sizes).eval()
+    save_part(other, sizes, tmp_path / "other")
+    anew = FlowTask(
+        dataclasses.replace(config, tokenizer=tmp_path / "other", initial=tmp_path / "flow"), data, seed=2
+    ).model
+    torch.testing.assert_close(anew.estimate(tokens)[0], other.decode(tokens[0]), atol=1e-4, rtol=0)
+    estimator = task.model.decoder.state_dict()
+    assert all(value.equal(estimator[name]) for name, value in anew.decoder.state_dict().items())
     with pytest.raises(ConfigError, match="kind convnext"):
         FlowTask(dataclasses.replace(config, flow=tiny_config("conformer")), data, seed=1)
 

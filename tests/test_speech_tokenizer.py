@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from vocalnet.config import from_dict, to_dict
 from vocalnet.errors import AudioError, ConfigError, DataError
 from vocalnet.speech_tokenizer import FiniteScalarQuantizer, SpeechTokenizer, TokenizerConfig
-from vocalnet.training.tokenizer import TokenizerTask, TokenizerTaskConfig, merge_marks, read_utterances
+from vocalnet.training.tokenizer import LossWeights, TokenizerTask, TokenizerTaskConfig, merge_marks, read_utterances
 
 SMALL = TokenizerConfig(levels=(8, 5, 3), whisper_width=16, width=32, hidden=32, token_blocks=1, frame_blocks=1)
 
@@ -150,6 +151,22 @@ def test_task_learns_resumes_its_order_and_exports(tmp_path: Path) -> None:
     assert torch.equal(
         task.tokenizer.encode(whisper, example.mel.float()), again.tokenizer.encode(whisper, example.mel.float())
     )
+
+
+def test_a_new_predictor_settles_before_it_draws_the_encoder(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        write_features(tmp_path / "answer_features", split, 3)
+    weights = LossWeights(phonemes=0.0, whisper=0.0, pitch=0.0, commitment=0.0)
+    config = TokenizerTaskConfig(model=SMALL, weights=weights, settle_steps=2)
+    for step, settled in ((1, False), (2, True)):
+        gradients = []
+        for weight in (0.0, 5.0):
+            task = TokenizerTask(replace(config, weights=replace(weights, predictable=weight)), tmp_path, seed=1)
+            task.loss(next(task.batches(0)), step)[0].backward()
+            gradients.append(task.tokenizer.encoder.output.weight.grad)
+            asked = [p.grad for p in task.model["predictor"].parameters()]
+            assert any(g is not None and g.abs().max() > 0 for g in asked) == (weight > 0)
+        assert gradients[0].equal(gradients[1]) == (not settled)
 
 
 def test_missing_features_are_named(tmp_path: Path) -> None:

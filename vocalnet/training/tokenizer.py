@@ -166,6 +166,7 @@ class TokenizerTaskConfig:
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     weights: LossWeights = field(default_factory=LossWeights)
     start: Path | None = None
+    settle_steps: int = 0  # at first the predictor follows the encoder alone: for a `start`, whose predictor is new
     lr: float = 2e-3
     batch: int = 8
     crop_tokens: int = 120
@@ -225,12 +226,13 @@ class TokenizerTask:
         output, whisper, mel, mask = self._forward(batch)
         frame_mask = mask.repeat_interleave(FRAMES_PER_TOKEN, dim=1)
         suggested = self.model["predictor"](batch["phonemes"]).float()
+        drawn = output.bounded.detach() if step < self.config.settle_steps else output.bounded
         parts = {
             "mel": masked_mean((output.mel.float() - mel).abs(), frame_mask),
             "phonemes": F.cross_entropy(output.phonemes.float().transpose(1, 2), batch["phonemes"]),
             "whisper": masked_mean((output.whisper.float() - whisper).square(), mask),
             "pitch": pitch_loss(output.pitch.float(), batch["pitch"], frame_mask[..., 0]),
-            "predictable": masked_mean((output.bounded - suggested).square(), mask),
+            "predictable": masked_mean((drawn - suggested).square(), mask),
             "commitment": masked_mean((output.bounded - output.codes.detach()).square(), mask),
         }
         weights = to_dict(self.config.weights)

@@ -417,15 +417,10 @@ class Flow(nn.Module):
         Returns:
             The loss, and `flow` (mean squared error of the velocity) and `prior` (L1, normalised mel) apart.
         """
-        config = self.config
-        batch, frames, _ = mel.shape
-        target = self._normalise(mel.float())
-        counted = torch.ones(batch, frames, 1, device=mel.device)
-        if lengths is not None:
-            inside = torch.arange(frames, device=mel.device)[None] < lengths[:, None] * config.frames_per_token
-            counted = inside[..., None].float()
-        hidden, span = self._encode(tokens, lengths, streaming)
+        config, batch = self.config, len(mel)
+        target, counted = self._normalise(mel.float()), self._counted(mel, lengths)
         total = counted.sum() * config.mel_bins
+        hidden, span = self._encode(tokens, lengths, streaming)
         prior = ((self.encoder_proj(hidden).float() - target).abs() * counted).sum() / total
         if config.residual_scale:  # the encoder learns from its own loss alone, the estimator what that leaves over
             hidden = hidden.detach()
@@ -443,6 +438,21 @@ class Flow(nn.Module):
         wanted = target - (1 - config.sigma_min) * noise
         flow = ((velocity - wanted).square() * counted).sum() / total
         return flow + config.prior_weight * prior, {"flow": flow.detach(), "prior": prior.detach()}
+
+    def prior_loss(
+        self, tokens: Tensor, mel: Tensor, lengths: Tensor | None = None, streaming: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The encoder's L1 alone, of which `cfm_loss` is the rest: less than half the work. Arguments as there."""
+        counted, hidden = self._counted(mel, lengths), self._encode(tokens, lengths, streaming)[0]
+        error = (self.encoder_proj(hidden).float() - self._normalise(mel.float())).abs() * counted
+        prior = error.sum() / (counted.sum() * self.config.mel_bins)
+        return self.config.prior_weight * prior, {"prior": prior.detach()}
+
+    def _counted(self, mel: Tensor, lengths: Tensor | None) -> Tensor:
+        """(B, frames, 1): 1 where a frame belongs to its utterance, 0 in the padding."""
+        frames = torch.arange(mel.shape[1], device=mel.device)[None]
+        whole = frames < mel.shape[1] if lengths is None else frames < lengths[:, None] * self.config.frames_per_token
+        return whole.expand(len(mel), -1)[..., None].float()
 
     def _training_prompt(self, mel: Tensor) -> Tensor | None:
         """For half of the utterances, up to 30 % of the mel's start as the prompt, zeros elsewhere (as upstream)."""
