@@ -17,6 +17,7 @@ BEFORE_TRAINING = (
     "texts",
     "answers",
     "questions",
+    "pronunciations",
     "vocoder_targets",
     "answer_features",
     "question_features",
@@ -27,13 +28,14 @@ EXAMPLE = """steps:
   texts              facts × phrasings -> questions with answers, sentences
   answers            every answer and sentence spoken in one voice, phonemes per frame
   questions          questions spoken in many voices, rooms and noises
+  pronunciations     phonemes of every token of the LLM's vocabulary, learned from a lexicon and the answers
   vocoder_targets    the synthesiser's own spectra, for the vocoder
   answer_features    Whisper features, mel, pitch, phonemes of the answers
   question_features  Whisper features of the questions
   answer_tokens      needs --tokenizer, a trained speech tokenizer
   predicted_mels     needs --flow, a trained flow
   check              compare all shards with their manifests
-  all                the first seven, in order
+  all                the first eight, in order
 
 example: python -m data_prep all --data data --size small"""
 
@@ -52,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kokoro", type=Path, help="folder with Kokoro (default: DATA/kokoro, fetched if absent)")
     parser.add_argument("--whisper", type=Path, help="folder of Whisper (default: the base model in the cache)")
-    parser.add_argument("--llm", type=Path, help="folder of the LLM of open_answers (default: SmolLM2 in the cache)")
+    parser.add_argument(
+        "--llm", type=Path, help="folder of the LLM whose answers and tokens they are (default: SmolLM2 in the cache)"
+    )
     parser.add_argument("--tokenizer", type=Path, help="folder of the trained speech tokenizer")
     parser.add_argument("--flow", type=Path, help="folder of the trained flow")
     return parser
@@ -66,7 +70,7 @@ def _given(folder: Path | None, step: str, option: str) -> Path:
 
 def _steps(args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     # Imported here so that `--help` is instant.
-    from data_prep import features, open_answers, speech, texts
+    from data_prep import features, open_answers, pronunciations, speech, texts
 
     size, data = SIZES[args.size], args.data
     sources = tuple(args.sources.split(","))
@@ -78,6 +82,7 @@ def _steps(args: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
         "texts": lambda: texts.make_texts(data, size, args.seed),
         "answers": lambda: speech.make_answers(data, size, args.seed, args.jobs),
         "questions": lambda: speech.make_questions(data, size, args.seed, args.jobs, sources, args.kokoro),
+        "pronunciations": lambda: pronunciations.make_pronunciations(data, args.llm, args.seed),
         "vocoder_targets": lambda: speech.make_vocoder_targets(data, size, args.seed),
         "answer_features": lambda: features.make_answer_features(data, args.whisper, args.jobs),
         "question_features": lambda: features.make_question_features(data, args.whisper, args.jobs),

@@ -19,6 +19,9 @@ from vocalnet.checkpoints.fetch import sha256_of
 from vocalnet.errors import DataError
 from vocalnet.files import replacing
 
+LLM = "smollm2-135m-instruct"
+"""The base model whose answers and tokens the data are for."""
+
 
 @dataclass(frozen=True)
 class Size:

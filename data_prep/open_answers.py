@@ -16,14 +16,13 @@ from typing import Any
 
 import yaml
 
-from data_prep.common import Size, atomic_write
+from data_prep.common import LLM, Size, atomic_write
 from data_prep.turns import Turn, turn_id, words
 from vocalnet.errors import DataError
 from vocalnet.evaluation.accept import number_words
 
 PROMPTS = Path(__file__).parent / "open_prompts.yaml"
 FILE = "open_answers.jsonl"
-LLM = "smollm2-135m-instruct"
 SYSTEM = "You are a friendly voice assistant. Answer in one short and simple sentence."
 MOST_TOKENS = 48
 FEWEST_WORDS = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -109,6 +110,19 @@ class HibariVoice:
 
     def __call__(self, text: str, voice: str, speed: float) -> tuple[np.ndarray, int]:
         return self.synthesize(text, speed).wave, HIBARI_RATE_HZ
+
+
+def hibari_lexicon() -> dict[str, str]:
+    """Words with their usual pronunciations, from hibari's own lexicon (misaki's American one)."""
+    from importlib.resources import files
+
+    try:
+        packed = (files("hibari") / "assets" / "lexicon_us_gold.json.gz").read_bytes()
+    except ModuleNotFoundError as error:
+        raise DataError(f"{error.name} is not installed: pip install 'vocalnet[data]'") from None
+    found: dict[str, str | dict[str, str]] = json.loads(gzip.decompress(packed))
+    chosen = {word: said if isinstance(said, str) else said.get("DEFAULT") for word, said in found.items()}
+    return {word: said for word, said in chosen.items() if said}
 
 
 class FliteVoice:

@@ -33,9 +33,11 @@ from vocalnet.model import VOCODERS, VocalNetConfig, model_folder
 from vocalnet.parts import CONFIG_FILE, WEIGHTS_FILE, load_part, read_json
 from vocalnet.sampling import SamplingConfig
 from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.training.answer_states import AnswerStates
 from vocalnet.training.engine import Engine, TrainerConfig, load_recipe
 from vocalnet.training.provenance import git_commit
-from vocalnet.training.speak import AnswerStates, SpeakTaskConfig, Spoken, answer_pairs, first_pairs, load_spoken
+from vocalnet.training.speak_config import SpeakTaskConfig
+from vocalnet.training.spoken import Spoken, answer_pairs, first_pairs, load_spoken
 from vocalnet.vocoder.flow import Flow, FlowConfig
 
 JUDGED = "judged.jsonl"
@@ -236,7 +238,7 @@ def evaluate_heads(recipe: Ablation) -> list[Cell]:
         training, options = head_recipe(recipe, name)
         if not items:
             everything = load_spoken(recipe.data, recipe.split, options)
-            states = AnswerStates(recipe.data / "answer_states", options, answer_pairs(everything))
+            states = AnswerStates(recipe.data, options, answer_pairs(everything))
             first = first_pairs(everything)
             items = everything[: recipe.sentences]
         decoder = load_part(SpeechDecoder, SpeechDecoderConfig, training.output)

@@ -62,6 +62,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=50, help="how many texts or recordings")
     parser.add_argument("--mtp", type=int, nargs="+", help="values of K (default: 0 to the model's own number)")
     parser.add_argument("--decoding", nargs="+", choices=["accept-all", "verified"], default=["accept-all", "verified"])
+    parser.add_argument("--fresh", action="store_true", help="begin anew")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--measures", default="transcript,distillmos,seams,rate")
     parser.add_argument("--out", type=Path, help="default: evaluations/tts or evaluations/copy")
@@ -109,7 +110,9 @@ def speak(args: argparse.Namespace, items: list[Item], model: VocalNet, k: int, 
     settings = Settings(args.model, seed=args.seed, mtp=k, decoding=mode, measures=measures)
     name = f"k{k}-{mode}"
     out = args.out / name
-    report = evaluate("tts", items, settings, out, make=lambda: load_worker(settings, out, lambda _: model))
+    report = evaluate(
+        "tts", items, settings, out, fresh=args.fresh, make=lambda: load_worker(settings, out, lambda _: model)
+    )
     write_text(out / PAGE, page(report, out, items, f"K = {k}, {mode}"))
     return {"title": f"K = {k}\n{mode}", "mtp": k, "decoding": mode, "folder": name, "scores": report["scores"]}
 
@@ -119,7 +122,9 @@ def copy(args: argparse.Namespace, items: list[Item], answerer: CopyAnswerer) ->
     measures, _ = chosen_measures(args.measures)
     settings, stage = Settings(args.model, seed=args.seed, measures=measures), answerer.stage
     out = args.out / stage
-    report = evaluate(f"copy, {stage}", items, settings, out, make=lambda: Worker(settings, answerer, out))
+    report = evaluate(
+        f"copy, {stage}", items, settings, out, fresh=args.fresh, make=lambda: Worker(settings, answerer, out)
+    )
     write_text(out / PAGE, page(report, out, items, f"copies: {stage}"))
     return {"title": stage, "folder": stage, "scores": report["scores"]}
 

@@ -3,13 +3,14 @@
 # interrupted one goes on where it stopped.
 #
 #   SIZE=tiny  recipes/reproduce.sh    tens of minutes on two cores: shows that every step works, teaches little
-#   SIZE=small recipes/reproduce.sh    the mini model of the package: ten hours of training, and two for the data
+#   SIZE=small recipes/reproduce.sh    the mini model of the package: thirteen hours of training, and two for the data
 #   SIZE=full  recipes/reproduce.sh    more data and time, for more cores or an accelerator
 #
-# Processor time of the data steps on one core, measured: tiny 36 s in all (hibari alone). small, the other core at work
-# too: open_answers 4 min, texts 6 s, answers 10 min (24,752 sentences, 17 h), answer_features 24 min, answer_tokens
-# 2 min, hibari's questions 31 s a thousand and their features 69 s a thousand, the LLM's hidden states of the answers
-# (in speak) 20 min. Where the base LLM answers open prompts (open_answers), texts takes in what passed the checks.
+# Processor time of the data steps on one core, measured: tiny 36 s, and 48 s more for pronunciations. small, the other core at work
+# too: open_answers 4 min, texts 6 s, answers 10 min (24,752 sentences, 17 h), pronunciations 48 s, answer_features 24
+# min, answer_tokens 2 min, hibari's questions 31 s a thousand and their features 69 s a thousand, the LLM's hidden
+# states of the answers (in speak) 20 min. Where the base LLM answers open prompts (open_answers), texts takes in what
+# passed the checks.
 #
 # Needs `pip install -e '.[data,train]'` and, except for tiny, the program flite (a Debian package). Settings from the
 # environment: DATA, RUNS, MODEL (output folders), PYTHON, JOBS (processes for the data), SOURCES (voices of questions).
@@ -29,8 +30,8 @@ declare -A minutes quick
 stages=(vocoder tokenizer align_text align_ctc align flow speak speak_modules vocoder_finetune)
 case $SIZE in
   tiny) times=(0.5 0.5 0.5 0.3 0.5 0.5 0.5 0.3 0.3); SOURCES=${SOURCES:-hibari} ;;
-  small) times=(10 26 160 50 20 25 270 10 25); SOURCES=${SOURCES:-kokoro,hibari,flite} ;;
-  full) times=(30 90 60 45 60 90 240 30 40); SOURCES=${SOURCES:-kokoro,hibari,flite} ;;
+  small) times=(10 50 160 50 20 40 400 10 25); SOURCES=${SOURCES:-kokoro,hibari,flite} ;;
+  full) times=(30 120 240 60 60 90 600 30 40); SOURCES=${SOURCES:-kokoro,hibari,flite} ;;
   *) echo "error: SIZE is '$SIZE'; allowed: tiny, small, full" >&2; exit 2 ;;
 esac
 for i in "${!stages[@]}"; do minutes[${stages[i]}]=${times[i]}; done

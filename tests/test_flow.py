@@ -273,8 +273,13 @@ def test_task_trains_validates_and_exports(data, tmp_path):
     assert shapes == {"valid0.npy": (16, 80), "valid1.npy": (34, 80)}
 
 
-def test_the_encoder_trains_alone_on_its_share_of_the_loss(data):
-    task = FlowTask(FlowTaskConfig(flow=tiny_config(), train="encoder", lr=3e-3), data, seed=1)
+def test_the_encoder_trains_alone_on_its_share_of_the_loss(data, tmp_path):
+    with pytest.raises(ConfigError, match="initial is not set"):
+        FlowTaskConfig(flow=tiny_config(), train="encoder")
+    start = FlowTask(FlowTaskConfig(flow=tiny_config()), data, seed=1)
+    start.export(tmp_path)
+    config = FlowTaskConfig(flow=start.model.config, train="encoder", lr=3e-3, initial=tmp_path)
+    task = FlowTask(config, data, seed=1)
     batch = next(iter(task.batches(0)))
     arguments = (batch["tokens"], batch["mel"], batch["lengths"])
     _, whole = task.model.cfm_loss(*arguments)

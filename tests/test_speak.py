@@ -12,8 +12,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save, save_file
 
-from tests.tiny_model import tiny_llm, tiny_model, tokenizer
+from tests.tiny_model import pronunciations, tiny_llm, tiny_model, tokenizer
 from vocalnet.backbone import Backbone
 from vocalnet.decoding import generate_chunk
 from vocalnet.errors import ConfigError, DataError
@@ -23,21 +24,18 @@ from vocalnet.sampling import SamplingConfig
 from vocalnet.session import Turn
 from vocalnet.shards import text_id
 from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.training.answer_states import PRONUNCIATIONS, AnswerStates
 from vocalnet.training.speak import (
-    AnswerStates,
-    Asked,
-    Pair,
     SpeakTask,
-    SpeakTaskConfig,
     active_modules,
+    carry_tokens,
     edit_distance,
     guide_loss,
-    load_spoken,
     order_loss,
     own_targets,
-    spoken_words,
-    text_words,
 )
+from vocalnet.training.speak_config import SpeakTaskConfig
+from vocalnet.training.spoken import Asked, Pair, load_spoken, spoken_words, text_words
 
 DECODER = SpeechDecoderConfig(
     llm_hidden_size=48,
@@ -350,12 +348,24 @@ def test_every_head_trains_on_a_trained_decoder(world, tmp_path, kind):
         assert "token_error_k3" in task.validate()
 
 
-def test_letters_are_added_to_a_trained_decoder_without_a_change(world, tmp_path):
+def test_phonemes_are_added_to_a_trained_decoder_without_a_change(world, tmp_path):
     data, config = world
-    trained = SpeechDecoder(DECODER)
-    save_part(trained, DECODER, tmp_path)
-    spelled = replace(DECODER, text_input="hidden+embedding+spelling")
-    chosen = replace(config, decoder=spelled, init_decoder=tmp_path, token_noise=0.0, letters_alone=0.4)
+    save_part(SpeechDecoder(DECODER), DECODER, tmp_path)
+    reading = replace(DECODER, text_input="hidden+embedding+pronunciation")
+    chosen = replace(config, decoder=reading, init_decoder=tmp_path, token_noise=0.0, phonemes_alone=0.4)
+    table = pronunciations(len(tokenizer()))
+    for content, message in (
+        (None, "no pronunciations.safetensors"),
+        (b"cut", "is damaged"),
+        (save({"rows": table}), "is damaged"),
+        (save({"table": table.int()}), "has another form"),
+        (save({"table": table[1:]}), f"has {len(table) - 1} tokens"),
+    ):
+        if content is not None:
+            (data / PRONUNCIATIONS).write_bytes(content)
+        with pytest.raises(DataError, match=f"{message}.*data_prep pronunciations"):
+            SpeakTask(chosen, data, 0)
+    save_file({"table": table}, data / PRONUNCIATIONS)
     task, old = SpeakTask(chosen, data, 0), SpeakTask(replace(config, init_decoder=tmp_path), data, 0)
     batch, before = next(task.batches(0)), next(old.batches(0))
     with torch.no_grad():
@@ -365,15 +375,73 @@ def test_letters_are_added_to_a_trained_decoder_without_a_change(world, tmp_path
     rows = torch.cat(batch["text"])
     veiled = [task._veiled(rows) for _ in range(50)]
     shares = torch.stack([(row[:, :96] == 0).all(1).float().mean() for row in veiled])
-    assert shares.mean() == pytest.approx(0.4, abs=0.1)
+    told = (rows[:, 96:] != 0).any(1)
+    assert shares.mean() / told.float().mean() == pytest.approx(0.4, abs=0.1)
+    assert all(row[~told].equal(rows[~told]) for row in veiled), "what has no phonemes is never hidden"
     assert all(row[:, 96:].equal(rows[:, 96:]) for row in veiled)
     weight = task.model.decoder.text_input.proj.weight
     losses = train(task, 24)
     assert sum(row["ce0"] for row in losses[-3:]) < 0.95 * sum(row["ce0"] for row in losses[:3])
     assert weight[:, 96:].abs().max() > 0
-    save_part(task.model.decoder, task.model.decoder.config, tmp_path)
-    with pytest.raises(ConfigError, match="was trained on 'hidden\\+embedding\\+spelling'"):
-        SpeakTask(replace(config, init_decoder=tmp_path), data, 0)
+    task.export(tmp_path)
+    trained = load_part(SpeechDecoder, SpeechDecoderConfig, tmp_path)
+    assert trained.pronunciations.equal(table), "the table travels with the decoder"
+    again = SpeakTask(chosen, data, 0)
+    assert again.model.decoder.text_input.proj.weight.equal(weight)
+    save_file({"table": table.roll(1, 0)}, data / PRONUNCIATIONS)
+    with pytest.raises(ConfigError, match="learned from other pronunciations"):
+        SpeakTask(replace(chosen, train="modules", modules_from="decoder"), data, 0)
+    moved = SpeakTask(chosen, data, 0)
+    moved.model.decoder.pronunciations.copy_(table)  # as a checkpoint would
+    with pytest.raises(DataError, match="changed since"):
+        next(moved.batches(0))
+    less = SpeakTask(replace(config, init_decoder=tmp_path), data, 0)
+    assert less.model.decoder.text_input.proj.weight.equal(weight[:, :96]), "a view may be left out again"
+    with pytest.raises(ConfigError, match="was trained on 'hidden\\+embedding\\+pronunciation'"):
+        SpeakTask(replace(config, decoder=replace(DECODER, text_input="hidden"), init_decoder=tmp_path), data, 0)
+
+
+def test_a_decoder_follows_tokens_that_moved():
+    decoder = SpeechDecoder(DECODER)
+    heads = [module for name, module in decoder.named_modules() if name.endswith("output_proj")]
+    assert len(heads) == 3, "the decoder's and two modules'"
+    rows = [decoder.embedding.weight, *(row for head in heads for row in (head.weight, head.bias))]
+    before = [row.detach().clone() for row in rows]
+    names = torch.randperm(DECODER.units - 2)
+    other = torch.full((4,), DECODER.units - 2)  # half of the time where 0 was, else where 1 was
+    carry_tokens(decoder, [(torch.arange(len(names)), names), (torch.tensor([0, 1, 1, 0]), other)])
+    for now, old in zip(rows, before, strict=True):
+        torch.testing.assert_close(now[names], old[: len(names)])
+        torch.testing.assert_close(now[DECODER.units - 2], (old[0] + old[1]) / 2)
+        assert now[DECODER.units - 1 :].equal(old[DECODER.units - 1 :]), "one that never occurs, and the special ones"
+
+
+def test_older_tokens_are_read_beside_the_present_ones(world, tmp_path):
+    data, config = world
+    old = SpeechDecoder(DECODER)
+    save_part(old, DECODER, tmp_path / "decoder")
+    chosen = replace(config, init_decoder=tmp_path / "decoder")
+    items = load_spoken(data, "train", config)
+    (tmp_path / "old" / "answer_tokens").mkdir(parents=True)
+    with tarfile.open(tmp_path / "old/answer_tokens/train-00000.tar", "w") as tar:
+        for item in items:  # token t was called t + 1 before
+            before = ((item.tokens + 1) % DECODER.units).numpy().astype(np.int16)
+            add(tar, f"{item.name}.npy", lambda handle, before=before: np.save(handle, before))
+    carried = SpeakTask(replace(chosen, init_tokens=tmp_path / "old"), data, 0).model.decoder
+    used = torch.cat([item.tokens for item in items]).unique()
+    assert len(used) > 20
+    torch.testing.assert_close(carried.embedding.weight[used], old.embedding.weight[(used + 1) % DECODER.units])
+    with tarfile.open(tmp_path / "old/answer_tokens/train-00000.tar", "w") as tar:
+        add(tar, f"{items[0].name}.npy", lambda handle: np.save(handle, np.full(3, 99, np.int16)))
+    with pytest.raises(DataError, match="token 99; the decoder's units are 50"):
+        SpeakTask(replace(chosen, init_tokens=tmp_path / "old"), data, 0)
+    with pytest.raises(ConfigError, match="needs an init_decoder"):
+        replace(config, init_tokens=data)
+    (tmp_path / "none" / "answer_tokens").mkdir(parents=True)
+    with tarfile.open(tmp_path / "none/answer_tokens/train-00000.tar", "w") as tar:
+        add(tar, "x.npy", lambda handle: np.save(handle, np.zeros(3, np.int16)))
+    with pytest.raises(DataError, match="share no spoken sentence"):
+        SpeakTask(replace(chosen, init_tokens=tmp_path / "none"), data, 0)
 
 
 def test_own_answers_are_what_the_decoder_says(world, tmp_path):

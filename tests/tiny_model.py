@@ -12,6 +12,7 @@ from vocalnet.encoder import EncoderConfig, SpeechEncoder
 from vocalnet.model import GenerationConfig, VocalNet, VocalNetConfig
 from vocalnet.prompt import ChatPrompt
 from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.text_rows import PHONEMES, encode
 from vocalnet.vocoder.estimator import EstimatorConfig
 from vocalnet.vocoder.flow import Flow, mini_flow_config
 from vocalnet.vocoder.source_filter import SourceFilterConfig, SourceFilterVocoder
@@ -33,6 +34,12 @@ def tokenizer():
     fast.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
     fast.chat_template = TEMPLATE
     return fast
+
+
+def pronunciations(size):
+    """A table in which every token is said in its own way."""
+    rows = ["".join(PHONEMES[(7 * token + 3 * i) % 40] for i in range(1 + token % 5)) for token in range(size)]
+    return torch.tensor([encode(row, token % 2 == 0) for token, row in enumerate(rows)], dtype=torch.uint8)
 
 
 def tiny_llm():
@@ -57,9 +64,10 @@ def tiny_model(seed=0, **generation):
     decoder = SpeechDecoder(
         SpeechDecoderConfig(
             llm_hidden_size=48, width=32, heads=2, ffn=48, units=UNITS, layers=2, projector_layers=1, mtp_modules=2,
-            text_input="hidden+embedding+spelling", speech_position_scale=0.2,
+            text_input="hidden+embedding+pronunciation", pronounced=len(tokenizer()), speech_position_scale=0.2,
         )
     )  # fmt: skip
+    decoder.pronunciations.copy_(pronunciations(len(tokenizer())))
     decoder.prepare_inference()
     flow_config = mini_flow_config(UNITS)
     flow = Flow(

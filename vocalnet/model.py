@@ -140,8 +140,14 @@ class VocalNet:
         self.flow = flow
         self.vocoder = vocoder
         self.voice = voice
+        pronounced = len(speech_decoder.pronunciations)
+        if pronounced not in (0, len(prompt.tokenizer)):
+            raise CheckpointError(
+                f"{config.name}'s speech decoder knows how {pronounced} tokens are pronounced, its LLM has "
+                f"{len(prompt.tokenizer)}; give the LLM that it learned from"
+            )
         self.text_rows = TextRows(
-            speech_decoder.config.text_views, lambda ids: backbone.embed(ids)[0], prompt.tokenizer
+            speech_decoder.config.text_views, lambda ids: backbone.embed(ids)[0], speech_decoder.pronunciations
         )
         self.text_end_id = prompt.token_id(config.text_end) if config.text_end else prompt.end_id
 

@@ -26,7 +26,7 @@ from vocalnet.linears import PackedLinear, Precision, compute_dtype, pack_output
 from vocalnet.mask import last_speech_row, training_mask, visible_text, visible_text_count
 from vocalnet.mtp import check_kind, make_head
 from vocalnet.norm import RMSNorm
-from vocalnet.text_rows import SPELLING_SIZE
+from vocalnet.text_rows import PRONUNCIATION_SIZE, TABLE_WIDTH
 
 IGNORE = -100
 """Target of rows without one, as in `torch.nn.functional.cross_entropy`."""
@@ -53,7 +53,8 @@ class SpeechDecoderConfig:
     mtp_modules: int = 5
     text_chunk: int = 5
     speech_chunk: int = 15
-    text_input: Literal["hidden", "hidden+embedding", "hidden+embedding+spelling"] = "hidden"  # see `TextRows`
+    text_input: Literal["hidden", "hidden+embedding", "hidden+embedding+pronunciation"] = "hidden"  # see `TextRows`
+    pronounced: int = 0  # tokens in the table of pronunciations
     speech_position_scale: float = 1.0
     scaled_heads: int | None = None
     rotary_base: float = 10000.0
@@ -100,12 +101,18 @@ class SpeechDecoderConfig:
     @property
     def input_size(self) -> int:
         """Width of one text row."""
-        return sum(SPELLING_SIZE if view == "spelling" else self.llm_hidden_size for view in self.text_views)
+        return sum(size for _, size in self.view_sizes)
 
     @property
     def text_views(self) -> list[str]:
         """What a text row holds of a token, in order."""
         return self.text_input.split("+")
+
+    @property
+    def view_sizes(self) -> list[tuple[str, int]]:
+        """Each view with its width."""
+        sizes = {"pronunciation": PRONUNCIATION_SIZE}
+        return [(view, sizes.get(view, self.llm_hidden_size)) for view in self.text_views]
 
     @property
     def layer(self) -> LayerConfig:
@@ -122,12 +129,12 @@ class TextInput(nn.Module):
     """Brings the LLM's rows to the decoder's width.
 
     Its two views of each token are normalised apart, since an input embedding (RMS about 0.1) would drown beside a
-    hidden state (RMS about 1): the hidden state knows the context, the embedding the word. Letters come as they are.
+    hidden state (RMS about 1): the hidden state knows the context, the embedding the word. Phonemes come as they are.
     """
 
     def __init__(self, config: SpeechDecoderConfig) -> None:
         super().__init__()
-        self.sizes = [config.llm_hidden_size for view in config.text_views if view != "spelling"]
+        self.sizes = [size for view, size in config.view_sizes if view != "pronunciation"]
         self.norms = nn.ModuleList(RMSNorm(size, config.eps) for size in self.sizes)
         self.proj = nn.Linear(config.input_size, config.width)
 
@@ -222,6 +229,9 @@ class SpeechDecoder(nn.Module):
             self.text_input: nn.Module = TextInput(config)
         else:
             self.text_input = nn.Identity()
+        table = torch.zeros(config.pronounced, TABLE_WIDTH, dtype=torch.uint8)
+        self.pronunciations: Tensor
+        self.register_buffer("pronunciations", table, persistent=bool(config.pronounced))
         self.encode_layers = nn.ModuleList(LlamaLayer(config.layer) for _ in range(config.projector_layers))
         self.decode_layers = nn.ModuleList(LlamaLayer(config.layer) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.eps)

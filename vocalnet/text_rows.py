@@ -1,88 +1,98 @@
-"""What the speech decoder reads of each token of an answer: hidden state, input embedding, and how it is spelled.
+"""What the speech decoder reads of each token of an answer: hidden state, input embedding, and how it is pronounced.
 
-Neither the LLM's hidden states nor its embeddings say how a rare word is pronounced. Its letters do, as every speech
-synthesiser that reads text shows; with them, words that were seldom heard borrow from others that look alike.
+Neither the LLM's hidden states nor its embeddings say how a rare word is pronounced, and a decoder that has only those
+learns the sound of every word by heart. Phonemes tell it, as they tell every speech synthesiser; with them, words that
+were seldom or never heard are spoken like the others. They come from a table with one row for each token of the
+vocabulary, made once (`data_prep/pronunciations.py`), so that a stream never waits for the end of a word.
 """
 
 from __future__ import annotations
 
-import string
-import unicodedata
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-SYMBOLS = string.ascii_lowercase + string.digits + "'"
-"""Letters that are told apart; all others share one more."""
-HEAD, TAIL = 12, 4
-"""How many letters of a token are seen, counted from its beginning and from its end."""
-FLAGS = 3
-"""A token begins a word, begins with a capital, is all capitals."""
-SPELLING_SIZE = FLAGS + (HEAD + TAIL) * (len(SYMBOLS) + 1)
+from vocalnet.errors import ConfigError
+
+PHONEMES = "AIOQWYTabdefhijklmnopstuvwxzæðŋɐɑɒɔəɚɛɜɡɪɹɾʃʊʌʒʔʤʧθᵊᵻ,.?!"
+"""Symbols of a pronunciation, in misaki's American alphabet (A = eɪ, I = aɪ, O = oʊ, W = aʊ, Y = ɔɪ), and pauses."""
+STRESSES = "ˌˈ"
+"""Secondary and primary; written before a phoneme."""
+PLACES = 12
+"""Most phonemes of a token."""
+TABLE_WIDTH = 1 + PLACES
+"""Columns of a table: whether the token begins a word, then codes of its phonemes, 0 where there is none."""
+TAIL = 4
+"""How many phonemes are also seen counted from the last one."""
+PRONUNCIATION_SIZE = 1 + (PLACES + TAIL) * (len(PHONEMES) + len(STRESSES))
 MARK = 4.0
 """Value of a feature that is set; some ten of them are, beside hundreds of dense ones."""
-WORD_STARTS = ("Ġ", "▁", " ")
-"""How vocabularies write a token's leading space: byte-level BPE, SentencePiece, plain."""
+_STRESS = 64  # a code is 1 + index in PHONEMES + 64 · stress
 
 
-class Spelling:
-    """Spellings of a tokenizer's tokens as features, made when they are first asked for."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer`: a Hugging Face tokenizer."""
-        self.tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_ids)
-        self._known: dict[int, list[int]] = {}
-
-    def __call__(self, ids: Sequence[int]) -> Tensor:
-        """Token ids → features (T, SPELLING_SIZE), 0 or `MARK`; special tokens have none."""
-        rows = torch.zeros(len(ids), SPELLING_SIZE)
-        for row, token in zip(rows, ids, strict=True):
-            if token not in self._known:
-                self._known[token] = [] if token in self._special else self._features(token)
-            row[self._known[token]] = MARK
-        return rows
-
-    def _features(self, token: int) -> list[int]:
-        """Indices of the features that a token has."""
-        raw = self.tokenizer.convert_ids_to_tokens(token) or ""
-        return features(self.tokenizer.decode([token]), raw.startswith(WORD_STARTS))
+def encode(pronunciation: str, starts_word: bool) -> list[int]:
+    """A token's phonemes → its row of the table, TABLE_WIDTH codes; symbols outside the alphabet are left out."""
+    codes, stress = list[int](), 0
+    for symbol in pronunciation:
+        if symbol in STRESSES:
+            stress = 1 + STRESSES.index(symbol)
+        elif symbol in PHONEMES:
+            codes.append(1 + PHONEMES.index(symbol) + _STRESS * stress)
+            stress = 0
+    codes = codes[:PLACES]
+    return [int(starts_word), *codes, *[0] * (PLACES - len(codes))]
 
 
-def features(text: str, starts_word: bool) -> list[int]:
-    """Indices of the features of a token's text: flags, then letters from its beginning and from its end."""
-    letters = "".join(c for c in unicodedata.normalize("NFKD", text.strip()) if not unicodedata.combining(c))
-    flags = (starts_word, letters[:1].isupper(), len(letters) > 1 and letters.isupper())
-    codes = [SYMBOLS.index(c) if c in SYMBOLS else len(SYMBOLS) for c in letters.lower()]
-    seen = [*enumerate(codes[:HEAD]), *((HEAD + place, code) for place, code in enumerate(codes[: -TAIL - 1 : -1]))]
-    return [i for i, flag in enumerate(flags) if flag] + [
-        FLAGS + place * (len(SYMBOLS) + 1) + code for place, code in seen
-    ]
+def decode(row: Tensor) -> str:
+    """A row of the table → its phonemes, a leading space where the token begins a word."""
+    starts_word, *codes = row.tolist()
+    shown = (("", *STRESSES)[code // _STRESS] + PHONEMES[code % _STRESS - 1] for code in codes if code)
+    return " " * starts_word + "".join(shown)
+
+
+def features(table: Tensor) -> Tensor:
+    """Rows of the table (T, TABLE_WIDTH) uint8 → (T, PRONUNCIATION_SIZE) float32, 0 or `MARK`.
+
+    Phonemes by their place from the beginning, the last ones by their place from the end as well, each with its stress.
+    """
+    codes = table[:, 1:].long()
+    count = (codes > 0).sum(1, keepdim=True)
+    back = count - 1 - torch.arange(TAIL, device=table.device)  # (T, TAIL): places of the last phonemes
+    codes = torch.cat((codes, codes.gather(1, back.clamp(min=0)).masked_fill(back < 0, 0)), 1)
+    symbols = F.one_hot(codes % _STRESS, len(PHONEMES) + 1)[..., 1:]
+    stresses = F.one_hot(codes // _STRESS, len(STRESSES) + 1)[..., 1:]
+    return MARK * torch.cat((table[:, :1], torch.cat((symbols, stresses), -1).flatten(1)), 1).float()
 
 
 class TextRows:
     """Makes the speech decoder's text rows of an LLM's tokens."""
 
-    def __init__(self, views: Sequence[str], embed: Callable[[list[int]], Tensor], tokenizer: Any) -> None:
+    def __init__(self, views: Sequence[str], embed: Callable[[list[int]], Tensor], table: Tensor) -> None:
         """
         Args:
-            views: what a row holds, in order: "hidden", "embedding", "spelling".
+            views: what a row holds, in order: "hidden", "embedding", "pronunciation".
             embed: token ids → the LLM's input embeddings (T, D).
-            tokenizer: the LLM's.
+            table: (V, TABLE_WIDTH) uint8, how every token is pronounced; may be empty where the views do not ask.
+
+        Raises:
+            ConfigError: the views ask for pronunciations and the table has none.
         """
+        if "pronunciation" in views and not len(table):
+            raise ConfigError("text_input asks for pronunciations and the decoder's table has none: pronounced is 0")
         self.views = views
         self.embed = embed
-        self.spelling = Spelling(tokenizer)
+        self.table = table
 
     def __call__(self, hidden: Tensor, ids: Sequence[int]) -> Tensor:
         """Hidden states (T, D) after the LLM read each token, and the tokens → (T, input_size) float32."""
         rows = [hidden.float()]
         if "embedding" in self.views:
             rows.append(self.embed(list(ids)).to(hidden.device).float())
-        if "spelling" in self.views:
-            rows.append(self.spelling(ids).to(hidden.device))
+        if "pronunciation" in self.views:
+            chosen = self.table[torch.tensor(list(ids), dtype=torch.long, device=self.table.device)]
+            rows.append(features(chosen).to(hidden.device))
         return torch.cat(rows, -1)
 
     def end(self, token: int) -> Tensor:

@@ -245,7 +245,8 @@ class Engine:
             return
         content = load_checkpoint(files[-1])
         saved, ours = content["identity"], self._identity()
-        changed = [key for key in ours if saved[key] != ours[key]]
+        changed = [key for key in ("task", "seed") if saved[key] != ours[key]]
+        changed += [f"options.{key}" for key, value in ours["options"].items() if saved["options"].get(key) != value]
         if changed:
             raise ConfigError(
                 f"{files[-1]} was trained with another {', '.join(changed)}; "

@@ -46,6 +46,10 @@ class FlowTaskConfig:
     initial: Path | None = None  # folder of a trained flow to start from; with `tokenizer`, its estimator alone
     tokenizer: Path | None = None  # folder of the speech tokenizer: a convnext encoder starts from its decoder
 
+    def __post_init__(self) -> None:
+        if self.train == "encoder" and self.initial is None:
+            raise ConfigError("train is 'encoder' but initial is not set: give the folder of a trained flow")
+
 
 @dataclass(frozen=True)
 class Utterance:
@@ -188,7 +192,7 @@ class FlowTask:
             yield batch
 
     def loss(self, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """Flow matching loss plus the weighted prior; metrics `flow` and `prior`."""
+        """Flow matching loss (not for an encoder alone) plus the weighted prior; metrics `flow` and `prior`."""
         streaming = bool(torch.rand(()) < self.config.streaming_share)
         loss_of = self.model.prior_loss if self.config.train == "encoder" else self.model.cfm_loss
         loss, metrics = loss_of(batch["tokens"], batch["mel"], batch["lengths"], streaming=streaming)

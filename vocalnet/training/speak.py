@@ -7,121 +7,32 @@ decoder meets the same words in several contexts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from vocalnet.config import to_dict
 from vocalnet.decoding import generate_chunk
 from vocalnet.errors import ConfigError, DataError
-from vocalnet.files import replacing
 from vocalnet.parts import load_part, save_part
-from vocalnet.prompt import ChatPrompt, Turn
 from vocalnet.sampling import SamplingConfig, draw
-from vocalnet.shards import read_arrays, text_id
 from vocalnet.speech_decoder import IGNORE, SpeechDecoder, SpeechDecoderConfig, TrainingPass, layers_of, token_losses
-from vocalnet.text_rows import SPELLING_SIZE, TextRows
+from vocalnet.text_rows import PRONUNCIATION_SIZE
+from vocalnet.training.answer_states import AnswerStates
 from vocalnet.training.own_answers import own_answers
+from vocalnet.training.speak_config import SpeakTaskConfig
+from vocalnet.training.spoken import Spoken, answer_pairs, first_pairs, load_spoken, paired_tokens
 
 POOL_BATCHES = 16  # batches are cut from length-sorted pools of this many, then shuffled
-STATES_PER_FILE = 512  # answers in one file of precomputed states
-STATES_BATCH = 16
-
-
-@dataclass(frozen=True)
-class SpeakTaskConfig:
-    """Options of stage 2."""
-
-    decoder: SpeechDecoderConfig  # units must match the speech tokenizer
-    llm: str = "smollm2-135m-instruct"  # a base model's name, or a Hugging Face folder
-    lora: Path | None = None  # folder of stage 1's LoRA
-    system: str = ""  # system prompt; the session must use the same
-    init_decoder: Path | None = None  # folder of an exported decoder, to train on
-    sentence_prompts: tuple[str, ...] = ("Tell me something.", "What else can you say?", "Please go on.")
-    sentence_share: float = 1.0  # of the sentences that answer nothing: how many an epoch takes, drawn anew each time
-    questions_per_answer: int = 3
-    train: Literal["all", "modules"] = "all"  # modules: the rest stays as init_decoder has it
-    modules_from: Literal["init", "decoder"] = "init"  # decoder: modules begin as copies of its last layer and head
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    batch_positions: int = 1536  # rows of a batch, padding included; small: steps matter more than smooth gradients
-    streaming_probability: float = 0.75  # of the streaming mask, by sample
-    decay: float = 0.8  # loss of module k weighs decay^k
-    normalise_decay: bool = False  # the modules' weights sum to 1, as in FastMTP (with decay 0.6)
-    module_steps: int = 120  # steps of one stage of the curriculum; 0: all modules from the start
-    curriculum: Literal["delayed", "forward", "reverse"] = "delayed"  # see `active_modules`
-    targets: Literal["data", "own"] = "data"  # own: modules learn what the frozen decoder itself would say
-    answers: Literal["recorded", "own"] = "recorded"  # own: modules train on what the frozen decoder said by itself
-    own_temperature: float = 1.0  # of those targets and answers; 0 takes the likeliest token
-    order_weight: float = 0.0  # of token-order prediction, on one extra head
-    order_window: int = 16  # tokens ahead that it ranks
-    token_noise: float = 0.1  # share of input speech tokens replaced by random ones: errors then stay small
-    letters_alone: float = 0.0  # share of text tokens shown by their letters alone, where the decoder sees those
-    phoneme_weight: float = 0.3  # of the auxiliary phoneme classification
-    guide_weight: float = 0.3  # of the loss that points a few heads at the word being said
-    guide_layer: int = 1
-    guide_heads: int = 2
-    word_boundary: int = 16  # phoneme id of the space between words
-    validation_sentences: int = 200  # for cross entropy and accuracy
-    free_running: int = 24  # of these, how many are also generated
-
-    def __post_init__(self) -> None:
-        for name in ("streaming_probability", "token_noise", "sentence_share", "letters_alone"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
-        if self.train == "modules" and self.init_decoder is None:
-            raise ConfigError("train is 'modules' but init_decoder is not set; give the folder of a trained decoder")
-        if self.train == "modules" and self.decoder.mtp_head == "group":
-            raise ConfigError("train is 'modules' but a group head changes what the decoder reads; allowed: all")
-        if self.train == "modules" and self.order_weight:
-            raise ConfigError("order_weight trains the decoder; set it to 0 where train is 'modules'")
-        if self.train == "all" and "own" in (self.targets, self.answers):
-            raise ConfigError("own targets and answers need a decoder that stays as it is; set train to 'modules'")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question, after earlier exchanges if there are any."""
-
-    question: str
-    history: tuple[tuple[str, str], ...] = ()  # (question, answer) of each, oldest first
-
-
-@dataclass(frozen=True)
-class Pair:
-    """An answer with what led to it."""
-
-    asked: Asked
-    answer: str
-
-    def key(self) -> list[Any]:
-        """What identifies it in a hash."""
-        pair = [self.asked.question, self.answer]
-        return [*pair, self.asked.history] if self.asked.history else pair
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """A sentence with its speech tokens, and the questions that it answers."""
-
-    name: str
-    text: str
-    tokens: Tensor  # (S,) int64
-    phonemes: Tensor  # (S,) int64, IGNORE where unknown
-    words: Tensor  # (S,) int64: index of the word being said, their number in the closing silence, IGNORE where unknown
-    questions: tuple[Asked, ...]
 
 
 class SpeakModel(nn.Module):
@@ -134,180 +45,6 @@ class SpeakModel(nn.Module):
         self.order_head = nn.Linear(decoder.config.width, decoder.config.vocabulary) if order else None
 
 
-def load_spoken(data_dir: Path, split: str, config: SpeakTaskConfig) -> list[Spoken]:
-    """All spoken sentences of a split that have speech tokens, in the order of their names.
-
-    Raises:
-        DataError: a folder is missing, no sentence has tokens, or tokens lie outside the decoder's units.
-    """
-    tokens = dict(read_arrays(data_dir / "answer_tokens", f"{split}-*.tar", "npy"))
-    phonemes = {}
-    if config.phoneme_weight:
-        features = read_arrays(data_dir / "answer_features", f"{split}-*.tar", "npz")
-        phonemes = {name: arrays["phoneme"] for name, arrays in features}
-    said: dict[str, tuple[str, list[Asked]]] = {}
-    for line in (data_dir / "texts" / f"{split}.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        said.setdefault(text_id(row["spoken"]), (row["answer"], []))[1].append(_asked(row))
-    sentences = data_dir / "texts" / "sentences.jsonl"
-    if sentences.is_file():  # which split one is in, its tokens tell
-        for line in sentences.read_text().splitlines():
-            text = json.loads(line)["text"]
-            said.setdefault(text_id(text), (text, [Asked(prompt) for prompt in config.sentence_prompts]))
-    result = []
-    for name in sorted(said.keys() & tokens.keys()):
-        text, questions = said[name]
-        ids = torch.from_numpy(tokens[name].astype(np.int64))
-        if len(ids) and int(ids.max()) >= config.decoder.units:
-            raise DataError(f"{name} has token {int(ids.max())}; the decoder's units are {config.decoder.units}")
-        chosen = random.Random(name).sample(questions, min(len(questions), config.questions_per_answer))
-        frames = phonemes.get(name)
-        words = None if frames is None else spoken_words(frames, len(text.split()), config.word_boundary)
-        size = len(ids)
-        result.append(Spoken(name, text, ids, _at_token_rate(frames, size), _at_token_rate(words, size), tuple(chosen)))
-    if not result:
-        raise DataError(f"no sentence of the {split} texts has tokens in {data_dir / 'answer_tokens'}")
-    return result
-
-
-def _asked(row: dict[str, Any]) -> Asked:
-    """The question of a row of `texts/*.jsonl`."""
-    return Asked(row["question"], tuple((question, answer) for question, answer in row.get("history", ())))
-
-
-def spoken_words(phonemes: np.ndarray, count: int, boundary: int) -> np.ndarray | None:
-    """Frame-level phonemes (T,), 0 for silence → index of the word in each frame (T,), `count` in the closing silence.
-
-    None if there are not `count` words between boundaries, as with numbers written in digits.
-    """
-    said = np.flatnonzero(phonemes)
-    if not len(said):
-        return None
-    starts = np.diff((phonemes == boundary).astype(np.int64), prepend=0) == 1
-    words = np.cumsum(starts)  # a boundary counts with the word that it opens
-    if words[said[-1]] != count - 1:
-        return None
-    words[said[-1] + 1 :] = count
-    return words
-
-
-def text_words(text: str, ends: Sequence[int]) -> list[int]:
-    """Index of the word that each token belongs to, from where in the text the tokens end."""
-    return [max(0, len(text[:end].split()) - 1) for end in ends]
-
-
-def _at_token_rate(values: np.ndarray | None, size: int) -> Tensor:
-    """(T,) labels at 50 Hz → (size,) at 25 Hz, IGNORE where there is none."""
-    row = torch.full((size,), IGNORE, dtype=torch.long)
-    if values is not None:
-        known = torch.from_numpy(values.astype(np.int64))[::2][:size]
-        row[: len(known)] = known
-    return row
-
-
-class AnswerStates:
-    """Hidden states of answers under their questions' prompts: computed once, then read from disk.
-
-    A folder per combination of LLM, LoRA, prompt and pairs; files of `STATES_PER_FILE` pairs, written atomically, so
-    that an interrupted run goes on where it stopped.
-    """
-
-    def __init__(self, folder: Path, config: SpeakTaskConfig, pairs: Sequence[Pair]) -> None:
-        """See `rows` for what is kept of each pair."""
-        self.pairs = pairs
-        self.config = config
-        self.llm_folder = _llm_folder(config.llm)
-        self.prompt = ChatPrompt.from_pretrained(self.llm_folder, config.system)
-        content = hashlib.sha256(
-            json.dumps([self.llm_folder.name, config.system, [pair.key() for pair in pairs]]).encode()
-        )
-        if config.lora is not None:
-            content.update((config.lora / "adapter_model.safetensors").read_bytes())
-        self.folder = folder / content.hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._fill(pairs)
-        self.hidden, self.ids = self._load(len(pairs))
-        table = self._embedding_table()
-        self.text_rows = TextRows(config.decoder.text_views, table.__getitem__, self.prompt.tokenizer)
-        self.end = self.text_rows.end(self.prompt.end_id)
-        self._words: dict[int, Tensor] = {}
-
-    def rows(self, index: int) -> Tensor:
-        """(T + 1, input_size): the text rows of pair `index`, the end token's last."""
-        return torch.cat((self.text_rows(self.hidden[index], self.ids[index].tolist()), self.end))
-
-    def words(self, index: int) -> Tensor:
-        """(T + 2,): the word of each text row of pair `index`; BOS has none (-1), the end token the number of words."""
-        if index not in self._words:
-            text = self.pairs[index].answer
-            spans = self.prompt.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-            words = text_words(text, [end for _, end in spans])
-            self._words[index] = torch.tensor([-1, *words, len(text.split())])
-        return self._words[index]
-
-    def _fill(self, pairs: Sequence[Pair]) -> None:
-        """Computes the files that are missing."""
-        count = -(-len(pairs) // STATES_PER_FILE)
-        missing = [i for i in range(count) if not self._file(i).is_file()]
-        if not missing:
-            return
-        from vocalnet.backbone import Backbone
-
-        backbone = Backbone(self.llm_folder, "bf16", self.config.lora)
-        for index in tqdm(missing, desc="hidden states of the answers", unit="file"):
-            part = pairs[index * STATES_PER_FILE : (index + 1) * STATES_PER_FILE]
-            hidden, ids = self._compute(backbone, part)
-            tensors = {
-                "hidden": torch.cat(hidden).to(torch.float16),
-                "ids": torch.tensor([token for row in ids for token in row], dtype=torch.int32),
-                "lengths": torch.tensor([len(row) for row in ids], dtype=torch.int32),
-            }
-            with replacing(self._file(index)) as temporary:
-                save_file(tensors, temporary)
-
-    def _compute(self, backbone: Any, pairs: Sequence[Pair]) -> tuple[list[Tensor], list[list[int]]]:
-        """Per pair (T, D) states after each answer token, and the tokens, without the closing one."""
-        prompts = [self._prompt_ids(pair.asked) for pair in pairs]
-        answers = [self.prompt.answer_ids(pair.answer)[:-1] for pair in pairs]
-        order = sorted(range(len(pairs)), key=lambda i: len(prompts[i]) + len(answers[i]))
-        hidden: list[Tensor] = [torch.empty(0)] * len(pairs)
-        for start in range(0, len(order), STATES_BATCH):
-            group = order[start : start + STATES_BATCH]
-            # Padded on the right under a causal mask: what is read never sees padding.
-            batch = pad_sequence([torch.tensor(prompts[i] + answers[i]) for i in group], batch_first=True)
-            state = backbone.init_state(batch.shape[1], len(group))
-            states = backbone.prefill(backbone.embed(batch), state)  # (B, T, D)
-            for row, i in zip(states, group, strict=True):
-                hidden[i] = row[len(prompts[i]) : len(prompts[i]) + len(answers[i])].clone()
-        return hidden, answers
-
-    def _prompt_ids(self, asked: Asked) -> list[int]:
-        """What a session's cache would hold where the answer begins, had all been asked in writing."""
-        history = self.prompt.history_ids([Turn(answer, question) for question, answer in asked.history])
-        prompt = self.prompt
-        return [*prompt.prefix_ids(), *history, *prompt.ids(asked.question), *prompt.suffix_ids()]
-
-    def _file(self, index: int) -> Path:
-        return self.folder / f"{index:05d}.safetensors"
-
-    def _load(self, count: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Hidden states and ids of all pairs."""
-        hidden: list[Tensor] = []
-        ids: list[Tensor] = []
-        for index in range(-(-count // STATES_PER_FILE)):
-            part = load_file(self._file(index))
-            lengths = part["lengths"].tolist()
-            hidden += part["hidden"].split(lengths)
-            ids += part["ids"].long().split(lengths)
-        return hidden, ids
-
-    def _embedding_table(self) -> Tensor:
-        """(V, D) input embeddings of the LLM, in its file's dtype."""
-        from vocalnet.checkpoints.tensors import FolderWeights
-
-        return FolderWeights(self.llm_folder).get("model.embed_tokens.weight")
-
-
 class SpeakTask:
     """Stage 2 for the engine (see `vocalnet.training.task.Task`)."""
 
@@ -317,17 +54,27 @@ class SpeakTask:
         self.train = load_spoken(data_dir, "train", config)
         self.valid = load_spoken(data_dir, "valid", config)
         self.states = {
-            "train": AnswerStates(data_dir / "answer_states", config, answer_pairs(self.train)),
-            "valid": AnswerStates(data_dir / "answer_states", config, answer_pairs(self.valid)),
+            split: AnswerStates(data_dir, config, answer_pairs(items))
+            for split, items in (("train", self.train), ("valid", self.valid))
         }
+        table = self.states["train"].pronunciations
         torch.manual_seed(seed)
+        wanted = replace(config.decoder, pronounced=len(table))
         if config.init_decoder is not None:
-            decoder = start_decoder(config.init_decoder, config.decoder, config.modules_from == "decoder")
+            decoder = start_decoder(config.init_decoder, wanted, config.modules_from == "decoder")
             decoder.requires_grad_(config.train == "all")
             decoder.mtp_layers.requires_grad_(True)
         else:
-            decoder = SpeechDecoder(config.decoder)
+            decoder = SpeechDecoder(wanted)
             initialise(decoder)
+        if config.train == "modules" and not decoder.pronunciations.equal(table):
+            raise ConfigError(
+                f"train is 'modules' but {config.init_decoder} learned from other pronunciations than {data_dir} has; "
+                "make them again from its data, or set train to 'all'"
+            )
+        decoder.pronunciations.copy_(table)
+        if config.init_tokens is not None:
+            carry_tokens(decoder, paired_tokens(config.init_tokens, self.train, decoder.config.units))
         phonemes = 1 + max(int(item.phonemes.max()) for item in self.train if len(item.phonemes))
         auxiliary = config.phoneme_weight and config.train == "all"
         if config.answers == "own":
@@ -348,6 +95,8 @@ class SpeakTask:
 
         Batches are of about equal length, drawn and shuffled by (seed, epoch).
         """
+        if not self.model.decoder.pronunciations.cpu().equal(self.states["train"].pronunciations):
+            raise DataError("the pronunciations in the data changed since this run's checkpoint; give another output")
         generator = random.Random(f"{self.seed}/{epoch}")
         first = first_pairs(self.train)
         order = list(range(len(self.train)))
@@ -417,7 +166,12 @@ class SpeakTask:
     def export(self, folder: Path) -> None:
         """Writes the decoder's weights and config."""
         save_part(self.model.decoder, self.model.decoder.config, folder)
-        options = to_dict(self.config) | {"llm": Path(self.config.llm).name, "lora": None, "init_decoder": None}
+        options = to_dict(self.config) | {
+            "llm": Path(self.config.llm).name,
+            "lora": None,
+            "init_decoder": None,
+            "init_tokens": None,
+        }
         (folder / "task.json").write_text(json.dumps(options, indent=2) + "\n")
 
     # Parts
@@ -449,12 +203,12 @@ class SpeakTask:
         return torch.where(torch.rand(tokens.shape, device=tokens.device) < self.config.token_noise, other, tokens)
 
     def _veiled(self, rows: Tensor) -> Tensor:
-        """Text rows (T, input_size), some of them without all but the letters."""
-        config = self.model.decoder.config
-        if not self.config.letters_alone or "spelling" not in config.text_views:
+        """Text rows (T, input_size), some of them without all but their phonemes."""
+        if not self.config.phonemes_alone or "pronunciation" not in self.model.decoder.config.text_views:
             return rows
-        dense = torch.arange(rows.shape[-1], device=rows.device) < rows.shape[-1] - SPELLING_SIZE
-        alone = torch.rand(len(rows), 1, device=rows.device) < self.config.letters_alone
+        dense = torch.arange(rows.shape[-1], device=rows.device) < rows.shape[-1] - PRONUNCIATION_SIZE
+        alone = torch.rand(len(rows), 1, device=rows.device) < self.config.phonemes_alone
+        alone &= rows[:, -PRONUNCIATION_SIZE:].any(-1, keepdim=True)  # the end token, and signs, have none
         return rows.masked_fill(alone & dense, 0)
 
     def _rows(self, index: int) -> int:
@@ -590,18 +344,27 @@ def start_decoder(folder: Path, config: SpeechDecoderConfig, fresh: bool = False
 
     The modules are the folder's own if it has the same kind and number, unless `fresh`; else they begin as copies of
     the decoder's last layer and output head, from which they learn several times faster than from random weights.
-    Views of the text that the trained decoder did not have begin without effect.
+    Views of the text that the trained decoder did not have begin without effect; those that it had and `config` has
+    not are left out.
     """
     trained = load_part(SpeechDecoder, SpeechDecoderConfig, folder)
-    wanted = {name: getattr(config, name) for name in ("text_input", "mtp_head", "mtp_modules")}
-    if not config.text_input.startswith(trained.config.text_input):
+    wanted = {name: getattr(config, name) for name in ("text_input", "pronounced", "mtp_head", "mtp_modules")}
+    if trained.config.units != config.units:
+        raise ConfigError(f"units is {config.units}; {folder} speaks {trained.config.units}")
+    if (trained.config.text_input == "hidden") != (config.text_input == "hidden"):
         raise ConfigError(f"text_input is '{config.text_input}'; {folder} was trained on '{trained.config.text_input}'")
     decoder = SpeechDecoder(replace(trained.config, **wanted))
     initialise(decoder)
-    state = trained.state_dict()
+    state = {name: value for name, value in trained.state_dict().items() if name != "pronunciations"}
+    if decoder.config.pronounced:
+        same = decoder.config.pronounced == trained.config.pronounced
+        state["pronunciations"] = trained.pronunciations if same else decoder.pronunciations
     if config.text_input != trained.config.text_input:
         weight = state["text_input.proj.weight"]
-        state["text_input.proj.weight"] = F.pad(weight, (0, decoder.config.input_size - weight.shape[1]))
+        parts = weight.split([size for _, size in trained.config.view_sizes], 1)
+        columns = dict(zip(trained.config.text_views, parts, strict=True))
+        kept = [columns.get(view, weight.new_zeros(len(weight), size)) for view, size in decoder.config.view_sizes]
+        state["text_input.proj.weight"] = torch.cat(kept, 1)
     own = (trained.config.mtp_head, trained.config.mtp_modules)
     if not fresh and own == (config.mtp_head, config.mtp_modules):
         decoder.load_state_dict(state)
@@ -609,6 +372,23 @@ def start_decoder(folder: Path, config: SpeechDecoderConfig, fresh: bool = False
     decoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("mtp_layers.")}, strict=False)
     decoder.mtp_layers.start_from(layers_of(decoder.decode_layers)[-1], decoder.norm, decoder.output_proj)
     return decoder
+
+
+@torch.no_grad()
+def carry_tokens(decoder: SpeechDecoder, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Gives every token the mean of what the decoder knew of the tokens that stood in its place before.
+
+    A tokenizer that was trained on means nearly the same by its codes, but moves some; their rows of embedding and
+    output move with them, and tokens that never occur keep their own.
+    """
+    size = decoder.config.vocabulary
+    places = torch.cat([new * size + old for old, new in pairs])
+    table = torch.bincount(places, minlength=size * size).view(size, size).float()
+    table += torch.diag((table.sum(1) == 0).float())
+    table /= table.sum(1, keepdim=True)
+    for name, parameter in decoder.named_parameters():  # the MTP modules' own outputs as well
+        if name == "embedding.weight" or name.endswith(("output_proj.weight", "output_proj.bias")):
+            parameter.copy_(table @ parameter)
 
 
 def initialise(decoder: SpeechDecoder) -> None:
@@ -635,17 +415,6 @@ def edit_distance(first: Sequence[int], second: Sequence[int]) -> int:
     return int(row[-1])
 
 
-def answer_pairs(items: Sequence[Spoken]) -> list[Pair]:
-    """Every question with its answer, sentence after sentence."""
-    return [Pair(question, item.text) for item in items for question in item.questions]
-
-
-def first_pairs(items: Sequence[Spoken]) -> list[int]:
-    """Index of each sentence's first pair in `answer_pairs`."""
-    counts = [len(item.questions) for item in items]
-    return [sum(counts[:i]) for i in range(len(counts))] if len(counts) < 2 else [0, *np.cumsum(counts)[:-1].tolist()]
-
-
 def _bucketed(order: Sequence[int], rows: Any, budget: int, generator: random.Random) -> list[list[int]]:
     """Shuffled batches of items of about equal length whose rows, padded, stay within `budget`."""
     mean = max(1, sum(map(rows, order)) // max(1, len(order)))
@@ -661,12 +430,3 @@ def _bucketed(order: Sequence[int], rows: Any, budget: int, generator: random.Ra
         batches.append(group)
     generator.shuffle(batches)
     return batches
-
-
-def _llm_folder(name: str) -> Path:
-    """A folder as given, or a base model by name."""
-    if Path(name).is_dir():
-        return Path(name)
-    from vocalnet.checkpoints import base_model
-
-    return base_model(name)
