@@ -31,6 +31,7 @@ from vocalnet.vocoder.convnext import Trunk
 
 VOICED_HZ = 40.0  # F0 below this means unvoiced
 HIGHEST_HARMONIC_HZ = 11000.0
+FADE = 0.01  # of a harmonic number, in which the next harmonic fades in
 LOG_MAGNITUDE_CEILING = 7.0
 LOG_F0_MEAN, LOG_F0_SCALE = 5.3, 0.5  # natural log of Hz; the F0 head predicts the normalised value
 MEL_MEAN, MEL_SCALE = -5.0, 3.0
@@ -100,7 +101,9 @@ def interpolate_f0(f0_hz: Tensor, hop: int) -> Tensor:
 def pulse_train(f0_hz: Tensor, cycles: Tensor, hop: int, sample_rate: int) -> tuple[Tensor, Tensor]:
     """Band-limited pulses: every harmonic below 11 kHz with unit amplitude, in closed form.
 
-    Σ_{h=1..H} cos(h t) = sin((H + ½) t) / (2 sin(t / 2)) − ½; unvoiced samples are zero.
+    Σ_{h=1..H} cos(h t) = sin((H + ½) t) / (2 sin(t / 2)) − ½; unvoiced samples are zero. The next harmonic fades in
+    over the last hundredth of the way to its turn: if it came at once, an F0 near that edge would turn rounding errors
+    into a difference between streams and whole utterances (seen: 2e-3).
 
     Args:
         f0_hz: (B, T + 2) F0 per frame (0 = unvoiced) with one neighbour on either side.
@@ -116,11 +119,15 @@ def pulse_train(f0_hz: Tensor, cycles: Tensor, hop: int, sample_rate: int) -> tu
     if phase.shape[1]:
         cycles = phase[:, -1] % 1.0
     angle = (phase % 1.0) * (2 * math.pi)
-    order = torch.floor(HIGHEST_HARMONIC_HZ / frequency) + 0.5
+    harmonics = HIGHEST_HARMONIC_HZ / frequency
+    whole = torch.floor(harmonics)
+    order = whole + 0.5
     denominator = 2 * torch.sin(angle * 0.5)
     singular = denominator.abs() <= 2e-3  # the limit at t → 0 is H + ½
     ratio = torch.sin(order * angle) / torch.where(singular, torch.ones_like(denominator), denominator)
     pulses = torch.where(singular, order, ratio) - 0.5
+    coming = ((harmonics - whole - 1) / FADE + 1).clamp(min=0)
+    pulses = pulses + coming * torch.cos((whole + 1) * angle)
     return (pulses * voiced).float(), cycles
 
 
