@@ -246,7 +246,11 @@ class Engine:
         content = load_checkpoint(files[-1])
         saved, ours = content["identity"], self._identity()
         changed = [key for key in ("task", "seed") if saved[key] != ours[key]]
-        changed += [f"options.{key}" for key, value in ours["options"].items() if saved["options"].get(key) != value]
+        before, now = saved["options"], ours["options"]
+        missing = before.keys() ^ now.keys()
+        changed += sorted(
+            f"options.{name}" for name in missing | {n for n in before.keys() & now if before[n] != now[n]}
+        )
         if changed:
             raise ConfigError(
                 f"{files[-1]} was trained with another {', '.join(changed)}; "

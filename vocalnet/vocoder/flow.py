@@ -421,7 +421,7 @@ class Flow(nn.Module):
         target, counted = self._normalise(mel.float()), self._counted(mel, lengths)
         total = counted.sum() * config.mel_bins
         hidden, span = self._encode(tokens, lengths, streaming)
-        prior = ((self.encoder_proj(hidden).float() - target).abs() * counted).sum() / total
+        prior = self._prior(hidden, target, counted)
         if config.residual_scale:  # the encoder learns from its own loss alone, the estimator what that leaves over
             hidden = hidden.detach()
         estimate, conditions = self._conditions(hidden, speaker, self._training_prompt(target))
@@ -443,10 +443,14 @@ class Flow(nn.Module):
         self, tokens: Tensor, mel: Tensor, lengths: Tensor | None = None, streaming: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The encoder's L1 alone, of which `cfm_loss` is the rest: less than half the work. Arguments as there."""
-        counted, hidden = self._counted(mel, lengths), self._encode(tokens, lengths, streaming)[0]
-        error = (self.encoder_proj(hidden).float() - self._normalise(mel.float())).abs() * counted
-        prior = error.sum() / (counted.sum() * self.config.mel_bins)
+        hidden, _ = self._encode(tokens, lengths, streaming)
+        prior = self._prior(hidden, self._normalise(mel.float()), self._counted(mel, lengths))
         return self.config.prior_weight * prior, {"prior": prior.detach()}
+
+    def _prior(self, hidden: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+        """L1 between the encoder's estimate and the normalised mel (B, frames, bins), over the frames that count."""
+        error = (self.encoder_proj(hidden).float() - target).abs() * counted
+        return error.sum() / (counted.sum() * self.config.mel_bins)
 
     def _counted(self, mel: Tensor, lengths: Tensor | None) -> Tensor:
         """(B, frames, 1): 1 where a frame belongs to its utterance, 0 in the padding."""
