@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vocalnet.errors import ConfigError
-from vocalnet.linears import PackedLinear, Precision, hadamard, pack_module, spread, spread_block
+from vocalnet.linears import PackedLinear, Precision, compute_dtype, hadamard, pack_module, spread, spread_block
+from vocalnet.native import NativeAttention, NativeLayer, NativeLinear, available
+from vocalnet.native.layer import AttentionStruct
 from vocalnet.norm import RMSNorm
 
 
@@ -154,10 +156,14 @@ class KVCache:
             else:
                 self.pair.scatter_(2, row[:, None, :, None].expand_as(pair), pair)
             return
-        end = row + pair.shape[2]
+        self.check(row, pair.shape[2])
+        self.pair.narrow(2, row, pair.shape[2]).copy_(pair)
+
+    def check(self, row: int, count: int) -> None:
+        """Refuses rows row … row + count - 1 outside the capacity."""
+        end = row + count
         if row < 0 or end > self.capacity:
             raise ConfigError(f"cache rows {row} to {end} do not fit its capacity of {self.capacity}; allocate more")
-        self.pair.narrow(2, row, pair.shape[2]).copy_(pair)
 
     def rows(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Views of keys and values at first ≤ row < last."""
@@ -236,6 +242,23 @@ class PackedProjections:
     output: PackedLinear
     gate_up: PackedLinear
     down: PackedLinear
+    attention: NativeAttention | None = None
+    """Takes the place of PyTorch's attention in `step`, where it can."""
+    whole: NativeLayer | None = None
+    """Takes the place of all of `step`, where it can."""
+
+    def join(self, config: LayerConfig, dtype: torch.dtype) -> None:
+        """Sets up the kernels, where there are any for such a layer."""
+        if not NativeAttention.fits(config) or not available():
+            return
+        self.attention = NativeAttention(config, dtype)
+        parts = [part for part in (self.qkv, self.output, self.gate_up, self.down) if isinstance(part, NativeLinear)]
+        if len(parts) == 4:
+            self.whole = NativeLayer(config, *parts)
+
+
+_ROWS = torch.arange(1 << 16)
+"""Row numbers, to take parts of."""
 
 
 def _spread_reading(norm: RMSNorm, linears: list[nn.Linear], matrix: Tensor) -> None:
@@ -293,9 +316,11 @@ class LlamaLayer(nn.Module):
         self.packed = PackedProjections(
             pack_module([attention.q_proj, attention.k_proj, attention.v_proj], precision, self.input_layernorm),
             pack_module([attention.o_proj], precision),
-            pack_module([mlp.gate_proj, mlp.up_proj], precision, self.post_attention_layernorm),
+            pack_module([mlp.gate_proj, mlp.up_proj], precision, self.post_attention_layernorm, paired=True),
             pack_module([mlp.down_proj], precision, spread_input=True),
         )
+        if attention.o_proj.weight.device.type == "cpu":
+            self.packed.join(self.config, compute_dtype(precision))
         del self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm
 
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -338,18 +363,34 @@ class LlamaLayer(nn.Module):
         Returns:
             (B, T, width).
         """
-        q, pair = self._project(x, rotation)
         length, start = x.shape[1], cache.length
-        cache.write(pair, start if row is None else row)
+        appending = mask is None and row is None and visible is None
+        place = start if row is None else row
+        first, last = visible or (0, int(place) + length)
+        if self.packed is not None and self.packed.attention is not None:
+            if not isinstance(place, Tensor):
+                cache.check(place, length)
+                place = _ROWS.narrow(0, place, length)
+            told = self.packed.attention.told(x, rotation, cache, place, (first, last), mask, appending)
+            if told is not None:
+                y = self._native_step(self.packed, self.packed.attention, x, told)
+                if row is None:
+                    cache.length = start + length
+                return y
+        q, pair = self._project(x, rotation)
+        cache.write(pair, place)
         if row is None:
             cache.length = start + length
-        elif visible is None:
-            visible = (0, int(row) + length)
-        first, last = visible or (0, start + length)
-        appending = mask is None and row is None and visible is None
         if appending and length > 1 and start > 0:
             mask = causal_mask(length, last, x.device)
         return self._finish(x, attend(q, *cache.rows(first, last), mask, appending and start == 0))
+
+    @staticmethod
+    def _native_step(packed: PackedProjections, attention: NativeAttention, x: Tensor, told: AttentionStruct) -> Tensor:
+        """`step` by the kernels, all of it or the attention between two products."""
+        if packed.whole is not None:
+            return packed.whole(x, told)
+        return _finished(packed, x, attention(packed.qkv(x).float().contiguous(), told).to(x.dtype))
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """(B, T, width) → rotated q (B, H, T, D), and rotated k followed by v (B, 2·KV, T, D)."""
@@ -370,9 +411,14 @@ class LlamaLayer(nn.Module):
         """Output projection, feed-forward, and both residual sums; attended is (B, H, T, D)."""
         attended = attended.transpose(1, 2).flatten(2)  # (B, T, H·D)
         if self.packed is not None:
-            x = x + self.packed.output(attended)
-            gate, up = self.packed.gate_up(x).chunk(2, -1)
-            return self.packed.down(F.silu(gate) * up).add_(x)
+            return _finished(self.packed, x, attended)
         x = x + self.self_attn.o_proj(attended)
         y = self.post_attention_layernorm(x)
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
+
+
+def _finished(packed: PackedProjections, x: Tensor, attended: Tensor) -> Tensor:
+    """What follows the attention; attended is (B, T, H·D)."""
+    x = x + packed.output(attended)
+    gate, up = packed.gate_up(x).chunk(2, -1)
+    return packed.down(F.silu(gate) * up).add_(x)

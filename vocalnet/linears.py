@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vocalnet.errors import ConfigError
+from vocalnet.native import NativeLinear, available
+from vocalnet.native.linear import fits
 from vocalnet.norm import RMSNorm, fold_norm, row_size
 
 Precision = Literal["int8", "bf16", "fp32"]
@@ -202,7 +204,7 @@ class HalfLinear:
         return _linear_half(x.float(), self.packed)
 
 
-PackedLinear = DenseLinear | HalfLinear | Int8Linear
+PackedLinear = DenseLinear | HalfLinear | Int8Linear | NativeLinear
 
 
 def int8_available() -> bool:
@@ -221,20 +223,27 @@ def pack_linear(
     precision: Precision,
     norm: RMSNorm | None = None,
     spread_input: bool = False,
+    paired: bool = False,
 ) -> PackedLinear:
     """Prepares one inference product norm(x) Wᵀ + b from weight (out, in) and bias (out,).
 
     `spread_input` makes int8 more exact at the cost of one small product; other precisions have no need of it.
+    `paired`: the outputs are gates, then as many ups, which a kernel for whole layers reads side by side.
 
     Raises:
         ConfigError: unknown precision, or int8 on a device or build without its kernels.
     """
     if precision not in get_args(Precision):
         raise ConfigError(f"precision is {precision!r}; allowed: {', '.join(get_args(Precision))}")
+    if precision == "int8" and (weight.device.type != "cpu" or not int8_available()):
+        raise ConfigError(f"int8 needs an x86 CPU, not {weight.device.type}; choose bf16 or fp32")
+    block = spread_block(weight.shape[1]) if spread_input and precision == "int8" else 0
+    if precision != "fp32" and weight.device.type == "cpu" and fits(weight.shape[1], block) and available():
+        if block:
+            weight = spread(weight.detach().float(), hadamard(block))
+        return NativeLinear(weight, bias, precision, norm, block, paired, compute_dtype(precision))
     if precision != "int8":
         return DenseLinear(weight, bias, compute_dtype(precision), norm)
-    if weight.device.type != "cpu" or not int8_available():
-        raise ConfigError(f"int8 needs an x86 CPU, not {weight.device.type}; choose bf16 or fp32")
     return Int8Linear(weight, bias, norm, spread_input)
 
 
@@ -250,14 +259,21 @@ def stack_linears(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
 
 
 def pack_module(
-    linears: list[nn.Linear], precision: Precision, norm: RMSNorm | None = None, spread_input: bool = False
+    linears: list[nn.Linear],
+    precision: Precision,
+    norm: RMSNorm | None = None,
+    spread_input: bool = False,
+    paired: bool = False,
 ) -> PackedLinear:
     """`pack_linear` of stacked linears. With a norm the product takes what is to be normalised first."""
-    return pack_linear(*stack_linears(linears), precision, norm, spread_input)
+    return pack_linear(*stack_linears(linears), precision, norm, spread_input, paired)
 
 
 def pack_output(linear: nn.Linear, precision: Precision, norm: RMSNorm | None = None) -> PackedLinear:
     """`pack_module` of a projection to the vocabulary, which mostly reads one row at a time; logits may be float32."""
-    if precision == "bf16" and linear.weight.device.type == "cpu" and int8_available():
-        return HalfLinear(linear.weight, linear.bias, norm)
+    if precision == "bf16" and linear.weight.device.type == "cpu":
+        if fits(linear.in_features) and available():
+            return NativeLinear(linear.weight, linear.bias, precision, norm)
+        if int8_available():
+            return HalfLinear(linear.weight, linear.bias, norm)
     return pack_module([linear], precision, norm)

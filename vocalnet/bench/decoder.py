@@ -31,6 +31,8 @@ from vocalnet.layers import LlamaLayer
 from vocalnet.linears import DenseLinear, HalfLinear, Int8Linear, PackedLinear, Precision, int8_available
 from vocalnet.model import MINI
 from vocalnet.mtp import MTP_HEADS, check_kind
+from vocalnet.native import NativeLayer, NativeLinear
+from vocalnet.native.layer import AttentionStruct
 from vocalnet.parts import CONFIG_FILE, read_json
 from vocalnet.sampling import SamplingConfig
 from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
@@ -160,10 +162,18 @@ def recorded(work: Work) -> Iterator[None]:
         work.layer_calls += 1
         return step(self, *args, **options)
 
+    whole = NativeLayer.__call__
+
+    def opened(self: NativeLayer, x: Tensor, told: AttentionStruct) -> Tensor:
+        work.products += [(part, x.new_ones(*x.shape[:-1], part.shape[1])) for part in self.parts]
+        return whole(self, x, told)
+
     with (
         patch.object(DenseLinear, "__call__", noting(DenseLinear.__call__)),
         patch.object(HalfLinear, "__call__", noting(HalfLinear.__call__)),
         patch.object(Int8Linear, "__call__", noting(Int8Linear.__call__)),
+        patch.object(NativeLinear, "__call__", noting(NativeLinear.__call__)),
+        patch.object(NativeLayer, "__call__", opened),
         patch.object(LlamaLayer, "step", counted),
     ):
         yield

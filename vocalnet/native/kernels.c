@@ -1,0 +1,180 @@
+// Steps of Llama layers over a cache, for few rows at a time: `vocalnet_layer` runs a whole layer, `vocalnet_linear` one
+// product, `vocalnet_attend` the attention alone. Each is one parallel region; work is handed out piece by piece, so
+// that a thread that was put off does not hold up the others for longer than its piece. Every row is computed by the
+// same operations in the same order however many rows there are.
+#include <omp.h>
+#include <stdlib.h>
+
+#define AHEAD 1024 // bytes that weights are fetched before they are used
+#include "attention.h"
+#include "product.h"
+
+typedef struct {
+    int32_t width, ffn;
+    Linear qkv, output, gate_up, down; // a panel of gate_up is 32 gates and their 32 ups
+} Layer;
+
+// Memory that a thread keeps between calls: at least `size` bytes, on a cache line. NULL: there is none.
+static void *room_of(void **kept, size_t *held, size_t size) {
+    if (*held < size) {
+        free(*kept);
+        *held = 0;
+        *kept = aligned_alloc(64, (size + 63) / 64 * 64);
+        if (*kept) *held = size;
+    }
+    return *kept;
+}
+
+static __thread void *own_room, *common_room;
+static __thread size_t own_held, common_held;
+
+INLINE int next(int *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
+// What a thread needs to run products over `rows` rows: prepared rows, their factors, one row in floats.
+typedef struct {
+    uint8_t *rows;
+    float *factor, *wide;
+} Prepared;
+
+static size_t prepared_room(int rows, int in) {
+    return ((size_t)rows * in * 2 + 63) / 64 * 64 + sizeof(float) * ((size_t)rows + LANES + in + LANES);
+}
+
+static Prepared prepared_in(char *room, int rows, int in) {
+    float *factor = (float *)(room + ((size_t)rows * in * 2 + 63) / 64 * 64);
+    return (Prepared){(uint8_t *)room, factor, factor + (rows + LANES)};
+}
+
+static void prepare_rows(const Linear *l, const void *x, int half, int rows, Prepared to) {
+    for (int t = 0; t < rows; t++)
+        to.factor[t] = prepare(l, x, (size_t)t * l->in, half, to.wide, to.rows + t * row_bytes(l));
+}
+
+typedef void (*Finish)(const void *job, int row, int panel, const float *outputs);
+
+// Computes panels of all rows until none is left; `finish` gets PANEL outputs of a row at a time.
+INLINE void product(const Linear *l, Prepared x, int rows, int *counter, Finish finish, const void *job) {
+    const size_t stride = row_bytes(l);
+    const int tiles = (rows + TILE - 1) / TILE;
+    float to[TILE][PANEL];
+    for (int panel; (panel = next(counter)) < panels(l);)
+        for (int i = 0; i < tiles; i++) {
+            const int from = rows * i / tiles, count = rows * (i + 1) / tiles - from;
+            tile(l, panel, count, x.rows + from * stride, stride, x.factor + from, to);
+            for (int m = 0; m < count; m++) finish(job, from + m, panel, to[m]);
+        }
+}
+
+typedef struct {
+    const void *base; // what is added, or none
+    void *to;
+    int32_t out, half_base, half;
+} Sum;
+
+// to = base + outputs
+INLINE void finish_sum(const void *given, int row, int panel, const float *outputs) {
+    const Sum *job = given;
+    for (int j = 0; j < PANEL; j += LANES) {
+        const int count = job->out - panel * PANEL - j;
+        if (count <= 0) return;
+        const int some = count < LANES ? count : LANES;
+        const size_t at = (size_t)row * job->out + panel * PANEL + j;
+        __m512 x = _mm512_loadu_ps(outputs + j);
+        if (job->base) x = _mm512_add_ps(x, load_some(job->base, at, job->half_base, some));
+        store_some(job->to, at, job->half, some, x);
+    }
+}
+
+typedef struct {
+    float *to;
+    int32_t ffn;
+} Gate;
+
+// to = SiLU(gate) · up
+INLINE void finish_gate(const void *given, int row, int panel, const float *outputs) {
+    const Gate *job = given;
+    for (int j = 0; j < PANEL / 2; j += LANES) {
+        const int count = job->ffn - panel * PANEL / 2 - j;
+        if (count <= 0) return;
+        __m512 x = _mm512_mul_ps(silu(_mm512_loadu_ps(outputs + j)), _mm512_loadu_ps(outputs + PANEL / 2 + j));
+        store_some(job->to, (size_t)row * job->ffn + panel * PANEL / 2 + j, 0, count < LANES ? count : LANES, x);
+    }
+}
+
+INLINE size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+
+// What the functions return.
+enum { DONE, NO_MEMORY, OUTSIDE };
+
+// x (rows, width) → y (rows, width), floats or bf16 as a->half says.
+int vocalnet_layer(const Layer *l, const Attention *a, const void *x, void *y, int threads) {
+    if (!inside(a)) return OUTSIDE;
+    const int rows = a->rows, attended = a->heads * a->size, total = attended + 2 * a->key_heads * a->size;
+    const size_t common = (size_t)rows * (total + attended + l->width + l->ffn);
+    float *qkv = room_of(&common_room, &common_held, sizeof(float) * common);
+    if (!qkv) return NO_MEMORY;
+    float *seen = qkv + (size_t)rows * total, *middle = seen + (size_t)rows * attended;
+    float *gated = middle + (size_t)rows * l->width;
+    const int widest = (int)larger(larger(l->width, l->ffn), attended);
+    const size_t need = larger(prepared_room(rows, widest), sizeof(float) * attention_room(a));
+    int counters[6] = {0}, failed = DONE;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *room = room_of(&own_room, &own_held, need);
+        if (!room) __atomic_store_n(&failed, NO_MEMORY, __ATOMIC_RELAXED);
+#pragma omp barrier
+        if (!failed) {
+            const Prepared prepared = prepared_in(room, rows, widest);
+            prepare_rows(&l->qkv, x, a->half, rows, prepared);
+            product(&l->qkv, prepared, rows, counters, finish_sum, &(Sum){NULL, qkv, total, 0, 0});
+#pragma omp barrier
+            for (int head; (head = next(counters + 1)) < a->key_heads;) write_head(a, qkv, head);
+#pragma omp barrier
+            for (int head; (head = next(counters + 2)) < a->heads;) attend_head(a, qkv, head, (float *)room, seen);
+#pragma omp barrier
+            prepare_rows(&l->output, seen, 0, rows, prepared);
+            product(&l->output, prepared, rows, counters + 3, finish_sum, &(Sum){x, middle, l->width, a->half, 0});
+#pragma omp barrier
+            prepare_rows(&l->gate_up, middle, 0, rows, prepared);
+            product(&l->gate_up, prepared, rows, counters + 4, finish_gate, &(Gate){gated, l->ffn});
+#pragma omp barrier
+            prepare_rows(&l->down, gated, 0, rows, prepared);
+            product(&l->down, prepared, rows, counters + 5, finish_sum, &(Sum){middle, y, l->width, 0, a->half});
+        }
+    }
+    return failed;
+}
+
+// Attention alone: qkv (rows, heads + 2 · key_heads, size) → to (rows, heads, size), floats.
+int vocalnet_attend(const Attention *a, const float *qkv, float *to, int threads) {
+    if (!inside(a)) return OUTSIDE;
+    const size_t need = sizeof(float) * attention_room(a);
+    int counters[2] = {0}, failed = DONE;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *room = room_of(&own_room, &own_held, need);
+        if (!room) __atomic_store_n(&failed, NO_MEMORY, __ATOMIC_RELAXED);
+        for (int head; (head = next(counters)) < a->key_heads;) write_head(a, qkv, head);
+#pragma omp barrier
+        if (!failed)
+            for (int head; (head = next(counters + 1)) < a->heads;) attend_head(a, qkv, head, (float *)room, to);
+    }
+    return failed;
+}
+
+// One product: x (rows, in), floats or bf16 → y (rows, out) in floats.
+int vocalnet_linear(const Linear *l, const void *x, int half, int rows, float *y, int threads) {
+    const size_t need = prepared_room(rows, l->in);
+    int counter = 0, failed = DONE;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *room = room_of(&own_room, &own_held, need);
+        if (!room) __atomic_store_n(&failed, NO_MEMORY, __ATOMIC_RELAXED);
+        else {
+            const Prepared prepared = prepared_in(room, rows, l->in);
+            prepare_rows(l, x, half, rows, prepared);
+            product(l, prepared, rows, &counter, finish_sum, &(Sum){NULL, y, l->out, 0, 0});
+        }
+    }
+    return failed;
+}
