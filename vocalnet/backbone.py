@@ -146,7 +146,10 @@ class LeanDecoder:
         """Caches for `capacity` positions."""
         if self._table is None or self._table.cos.shape[0] < capacity:
             self._table = Rotation(*(part.to(self.device) for part in self.rotary(torch.arange(capacity), self.dtype)))
-        caches = [KVCache.allocate(batch, self.layer_config, capacity, self.dtype, self.device) for _ in self.layers]
+        caches = [
+            KVCache.allocate(batch, self.layer_config, capacity, layer.cache_dtype(batch, self.dtype), self.device)
+            for layer in self.layers
+        ]
         return BackboneState(capacity, 0, caches)
 
     def forward(self, x: Tensor, state: BackboneState) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -246,7 +246,8 @@ class _Step:
         may_end = [
             state.text_complete and decoder.visible_texts(state, first + i) >= state.text_rows for i in range(rows)
         ]
-        return allowed_scores(logits, decoder.config, may_end, self._recent(), tokens, self.sampling)
+        recent = state.recent if self.sampling.repetition_penalty == 1 else self._recent()
+        return allowed_scores(logits, decoder.config, may_end, recent, tokens, self.sampling)
 
     def _verify(self, logits: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
         """How many drafts pass (1,), and the certain token after them (1,).
@@ -294,6 +295,17 @@ class _Chosen:
         return likely.cumprod(1).bool()
 
 
+@lru_cache(maxsize=8)
+def _forbidden(config: SpeechDecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two (vocabulary,) to add to logits: -inf for special tokens but EOS; the same and EOS."""
+    with torch.inference_mode(False):  # they outlive whoever asks first
+        no_end = torch.zeros(config.vocabulary, device=device)
+        no_end[config.units :] = float("-inf")
+        open_end = no_end.clone()
+        open_end[config.eos] = 0
+    return open_end, no_end
+
+
 def allowed_scores(
     logits: Tensor,
     config: SpeechDecoderConfig,
@@ -312,13 +324,12 @@ def allowed_scores(
     """
     logits = logits.float()
     if not config.compatible:
-        logits[..., config.units : config.eos] = float("-inf")
-        logits[..., config.eos + 1 :] = float("-inf")
+        open_end, no_end = _forbidden(config, logits.device)
         if isinstance(may_end, Tensor):
-            logits[..., config.eos].masked_fill_(~may_end, float("-inf"))
+            logits.add_(torch.where(may_end[..., None], open_end, no_end))
         else:
-            for i in (i for i, allowed in enumerate(may_end) if not allowed):
-                logits[:, i, config.eos] = float("-inf")
+            for i, allowed in enumerate(may_end):
+                logits[:, i].add_(open_end if allowed else no_end)
     window, rows = sampling.penalty_window, logits.shape[1]
     if sampling.repetition_penalty == 1 or not window:
         return logits

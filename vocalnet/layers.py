@@ -150,6 +150,7 @@ class KVCache:
         Raises:
             ConfigError: the rows lie outside the capacity.
         """
+        pair = pair.to(self.pair.dtype)
         if isinstance(row, Tensor):
             if row.ndim == 1:
                 self.pair.index_copy_(2, row, pair)
@@ -323,6 +324,14 @@ class LlamaLayer(nn.Module):
             self.packed.join(self.config, compute_dtype(precision))
         del self.self_attn, self.mlp, self.input_layernorm, self.post_attention_layernorm
 
+    def cache_dtype(self, batch: int, dtype: torch.dtype) -> torch.dtype:
+        """What the cache of so many sequences should hold, where activations are of `dtype`.
+
+        The kernels read bf16 as exactly as the int8 products before and after need it, and half as many bytes.
+        """
+        whole = self.packed is not None and self.packed.whole is not None
+        return torch.bfloat16 if whole and batch == 1 else dtype
+
     def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Offline: all positions at once.
 
@@ -370,7 +379,7 @@ class LlamaLayer(nn.Module):
         if self.packed is not None and self.packed.attention is not None:
             if not isinstance(place, Tensor):
                 cache.check(place, length)
-                place = _ROWS.narrow(0, place, length)
+                place = _ROWS.narrow(0, place, length) if place + length <= len(_ROWS) else place + _ROWS[:length]
             told = self.packed.attention.told(x, rotation, cache, place, (first, last), mask, appending)
             if told is not None:
                 y = self._native_step(self.packed, self.packed.attention, x, told)
@@ -383,7 +392,8 @@ class LlamaLayer(nn.Module):
             cache.length = start + length
         if appending and length > 1 and start > 0:
             mask = causal_mask(length, last, x.device)
-        return self._finish(x, attend(q, *cache.rows(first, last), mask, appending and start == 0))
+        keys, values = cache.rows(first, last)
+        return self._finish(x, attend(q.to(keys.dtype), keys, values, mask, appending and start == 0).to(x.dtype))
 
     @staticmethod
     def _native_step(packed: PackedProjections, attention: NativeAttention, x: Tensor, told: AttentionStruct) -> Tensor:

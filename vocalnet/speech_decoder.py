@@ -390,9 +390,10 @@ class SpeechDecoder(nn.Module):
         if fixed and config.compatible:
             raise ConfigError("fixed shapes need a decoder whose text and speech count apart, not a compatible one")
         device = self.embedding.weight.device
+        dtype = layers_of(self.decode_layers)[0].cache_dtype(batch, self.dtype)
 
         def caches(layers: Sequence[LayerConfig], capacity: int) -> list[KVCache]:
-            found = [KVCache.allocate(batch, layer, capacity, self.dtype, device) for layer in layers]
+            found = [KVCache.allocate(batch, layer, capacity, dtype, device) for layer in layers]
             for cache in found if fixed else []:
                 cache.pair.zero_()  # rows not yet written take part, with weight zero
             return found

@@ -19,10 +19,8 @@ from filelock import FileLock
 from vocalnet.checkpoints.fetch import cache_folder
 
 SOURCES = Path(__file__).parent
-FLAGS = (
-    "-std=c11 -O3 -fPIC -shared -fopenmp -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni "
-    "-mprefer-vector-width=512"
-).split()
+FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-fopenmp", "-mprefer-vector-width=512", "-mfma"]
+FLAGS += ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 
 log = logging.getLogger(__name__)
 

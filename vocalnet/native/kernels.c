@@ -5,7 +5,6 @@
 #include <omp.h>
 #include <stdlib.h>
 
-#define AHEAD 1024 // bytes that weights are fetched before they are used
 #include "attention.h"
 #include "product.h"
 

@@ -73,10 +73,7 @@ INLINE void tile_int8(const int rows, const Linear *l, int panel, const uint8_t 
     for (int k = 0; k < steps; k++, w += 4 * PANEL) {
         __m512i part[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            part[j] = _mm512_loadu_si512(w + 64 * j);
-            _mm_prefetch((const char *)w + AHEAD + 64 * j, _MM_HINT_T0);
-        }
+        for (int j = 0; j < 4; j++) part[j] = _mm512_loadu_si512(w + 64 * j);
 #pragma GCC unroll 6
         for (int m = 0; m < rows; m++) {
             __m512i given = _mm512_set1_epi32(*(const int32_t *)(x + m * stride + 4 * k));
@@ -112,10 +109,7 @@ INLINE void tile_bf16(const int rows, const Linear *l, int panel, const uint8_t 
     for (int k = 0; k < steps; k++, w += 4 * PANEL) {
         __m512i part[4];
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            part[j] = _mm512_loadu_si512(w + 64 * j);
-            _mm_prefetch((const char *)w + AHEAD + 64 * j, _MM_HINT_T0);
-        }
+        for (int j = 0; j < 4; j++) part[j] = _mm512_loadu_si512(w + 64 * j);
 #pragma GCC unroll 6
         for (int m = 0; m < rows; m++) {
             __m512i given = _mm512_set1_epi32(*(const int32_t *)(x + m * stride + 4 * k));
