@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vocalnet.checkpoints.tensors import FolderWeights, Shape, StateWeights, Weights
 from vocalnet.errors import CheckpointError, ConfigError
-from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, Rotation
+from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, Rotation, step_all
 from vocalnet.linears import PackedLinear, Precision, compute_dtype, hadamard, pack_linear, spread, spread_block
 from vocalnet.lora import LoraAdapter
 from vocalnet.norm import RMSNorm
@@ -159,8 +159,7 @@ class LeanDecoder:
         x = x.to(self.dtype)
         if self.mixer is not None:
             x = spread(x, self.mixer)
-        for layer, cache in zip(self.layers, state.caches, strict=True):
-            x = layer.step(x, rotation, cache)
+        x = step_all(self.layers, x, rotation, state.caches)
         if self.mixer is not None:
             x = spread(x, self.mixer)
         state.length += x.shape[1]

@@ -6,7 +6,7 @@ turns it into an inference layer: q, k and v become one product, gate and up ano
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -373,21 +373,17 @@ class LlamaLayer(nn.Module):
             (B, T, width).
         """
         length, start = x.shape[1], cache.length
-        appending = mask is None and row is None and visible is None
+        told = self._told(x, rotation, cache, row, visible, mask)
+        if told is not None and self.packed is not None:
+            y = self._native_step(self.packed, x, told, cache)
+            if row is None:
+                cache.length = start + length
+            return y
         place = start if row is None else row
         first, last = visible or (0, int(place) + length)
-        if self.packed is not None and self.packed.attention is not None:
-            if not isinstance(place, Tensor):
-                cache.check(place, length)
-                place = _ROWS.narrow(0, place, length) if place + length <= len(_ROWS) else place + _ROWS[:length]
-            told = self.packed.attention.told(x, rotation, cache, place, (first, last), mask, appending)
-            if told is not None:
-                y = self._native_step(self.packed, self.packed.attention, x, told)
-                if row is None:
-                    cache.length = start + length
-                return y
         q, pair = self._project(x, rotation)
         cache.write(pair, place)
+        appending = mask is None and row is None and visible is None
         if row is None:
             cache.length = start + length
         if appending and length > 1 and start > 0:
@@ -395,12 +391,34 @@ class LlamaLayer(nn.Module):
         keys, values = cache.rows(first, last)
         return self._finish(x, attend(q.to(keys.dtype), keys, values, mask, appending and start == 0).to(x.dtype))
 
+    def _told(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        cache: KVCache,
+        row: int | Tensor | None,
+        visible: tuple[int, int] | None,
+        mask: Tensor | None,
+    ) -> AttentionStruct | None:
+        """What the kernels need to know of a `step`; None if it is not for them."""
+        if self.packed is None or self.packed.attention is None:
+            return None
+        length = x.shape[1]
+        place = cache.length if row is None else row
+        last = visible or (0, int(place) + length)
+        if not isinstance(place, Tensor):
+            cache.check(place, length)
+            place = _ROWS.narrow(0, place, length) if place + length <= len(_ROWS) else place + _ROWS[:length]
+        causal = mask is None and row is None and visible is None
+        return self.packed.attention.told(x, rotation, cache, place, last, mask, causal)
+
     @staticmethod
-    def _native_step(packed: PackedProjections, attention: NativeAttention, x: Tensor, told: AttentionStruct) -> Tensor:
+    def _native_step(packed: PackedProjections, x: Tensor, told: AttentionStruct, cache: KVCache) -> Tensor:
         """`step` by the kernels, all of it or the attention between two products."""
         if packed.whole is not None:
-            return packed.whole(x, told)
-        return _finished(packed, x, attention(packed.qkv(x).float().contiguous(), told).to(x.dtype))
+            return packed.whole(x, told, [cache])
+        assert packed.attention is not None
+        return _finished(packed, x, packed.attention(packed.qkv(x).float().contiguous(), told).to(x.dtype))
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """(B, T, width) → rotated q (B, H, T, D), and rotated k followed by v (B, 2·KV, T, D)."""
@@ -432,3 +450,29 @@ def _finished(packed: PackedProjections, x: Tensor, attended: Tensor) -> Tensor:
     x = x + packed.output(attended)
     gate, up = packed.gate_up(x).chunk(2, -1)
     return packed.down(F.silu(gate) * up).add_(x)
+
+
+def step_all(
+    layers: Sequence[LlamaLayer],
+    x: Tensor,
+    rotation: Rotation,
+    caches: Sequence[KVCache],
+    row: int | Tensor | None = None,
+    visible: tuple[int, int] | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`LlamaLayer.step` through layers of one shape, with caches of one capacity; as one call where that can be."""
+    wholes = tuple(
+        layer.packed.whole for layer in layers if layer.packed is not None and layer.packed.whole is not None
+    )
+    if len(wholes) == len(layers) > 1:
+        told = layers[0]._told(x, rotation, caches[0], row, visible, mask)
+        if told is not None:
+            length = caches[0].length + x.shape[1]
+            x = wholes[0](x, told, caches, wholes[1:])
+            for cache in caches if row is None else ():
+                cache.length = length
+            return x
+    for layer, cache in zip(layers, caches, strict=True):
+        x = layer.step(x, rotation, cache, row, visible, mask)
+    return x

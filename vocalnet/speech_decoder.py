@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vocalnet.errors import ConfigError
-from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, Rotation, rotate
+from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, Rotation, rotate, step_all
 from vocalnet.linears import PackedLinear, Precision, compute_dtype, pack_output
 from vocalnet.mask import last_speech_row, training_mask, visible_text, visible_text_count
 from vocalnet.mtp import check_kind, make_head
@@ -485,9 +485,7 @@ class SpeechDecoder(nn.Module):
             rotation = state.text_rotation.at(rows)
             columns = torch.arange(state.max_text, device=x.device)
             placing = (rows, (0, state.max_text), columns <= rows[:, None])
-        for layer, cache in zip(layers_of(self.encode_layers), state.projector, strict=True):
-            x = layer.step(x, rotation, cache, *placing)
-        return x
+        return step_all(layers_of(self.encode_layers), x, rotation, state.projector, *placing)
 
     def _place_text(self, state: SpeechState, size: int) -> tuple[Rotation, tuple[Any, ...]]:
         """Rotation of the next `size` text rows, newest first, and where they go and what they see (`step`'s terms)."""
@@ -514,8 +512,7 @@ class SpeechDecoder(nn.Module):
                 hidden = x  # the reference prefills every module with the decoder's states (training chains them)
             return layer.step(hidden, rotation, state.heads[depth - 1], *rows)
 
-        for layer, cache in zip(layers_of(self.decode_layers), state.decoder, strict=True):
-            x = layer.step(x, rotation, cache, *rows)
+        x = step_all(layers_of(self.decode_layers), x, rotation, state.decoder, *rows)
         head = self.mtp_layers
         for _ in head.hidden_states(x, run, lambda depth: torch.zeros_like(x), head.predictors(state.modules)):
             pass
@@ -552,8 +549,7 @@ class SpeechDecoder(nn.Module):
             x = torch.cat((state.pending.flip(1), x), 1)
         rotation, row = self._place(state, state.speech_rows, size, texts)
         visible, mask = self._seen(state, state.speech_rows, size, 0, texts)
-        for layer, cache in zip(layers_of(self.decode_layers), state.decoder, strict=True):
-            x = layer.step(x, rotation, cache, row, visible, mask)
+        x = step_all(layers_of(self.decode_layers), x, rotation, state.decoder, row, visible, mask)
         state.steps += 1
         if not texts:
             return x

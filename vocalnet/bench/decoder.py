@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
@@ -27,7 +27,7 @@ from vocalnet.bench.report import machine
 from vocalnet.config import from_dict
 from vocalnet.decoding import generate_chunk
 from vocalnet.errors import ConfigError
-from vocalnet.layers import LlamaLayer
+from vocalnet.layers import KVCache, LlamaLayer
 from vocalnet.linears import DenseLinear, HalfLinear, Int8Linear, PackedLinear, Precision, int8_available
 from vocalnet.model import MINI
 from vocalnet.mtp import MTP_HEADS, check_kind
@@ -158,15 +158,28 @@ def recorded(work: Work) -> Iterator[None]:
 
     step = LlamaLayer.step
 
+    alone = [0]  # whether a layer is being run by itself
+
     def counted(self: LlamaLayer, *args: Any, **options: Any) -> Tensor:
         work.layer_calls += 1
-        return step(self, *args, **options)
+        alone.append(1)
+        y = step(self, *args, **options)
+        alone.pop()
+        return y
 
     whole = NativeLayer.__call__
 
-    def opened(self: NativeLayer, x: Tensor, told: AttentionStruct) -> Tensor:
-        work.products += [(part, x.new_ones(*x.shape[:-1], part.shape[1])) for part in self.parts]
-        return whole(self, x, told)
+    def opened(
+        self: NativeLayer,
+        x: Tensor,
+        told: AttentionStruct,
+        caches: Sequence[KVCache],
+        after: tuple[NativeLayer, ...] = (),
+    ) -> Tensor:
+        inputs = ((part, x.new_ones(*x.shape[:-1], part.shape[1])) for layer in (self, *after) for part in layer.parts)
+        work.products += inputs
+        work.layer_calls += len(after) + 1 - alone[-1]
+        return whole(self, x, told, caches, after)
 
     with (
         patch.object(DenseLinear, "__call__", noting(DenseLinear.__call__)),

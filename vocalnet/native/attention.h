@@ -4,6 +4,7 @@
 #include "vector.h"
 
 #define QUERIES 5 // rows whose sums over the values stay in registers
+#define BLOCK 40  // rows whose scores are in memory at once
 
 typedef struct {
     int32_t rows;              // new ones
@@ -153,37 +154,42 @@ static void softmax(float *scores, int count) {
 
 // Floats that `attend_head` needs to work in.
 INLINE size_t attention_room(const Attention *a) {
-    return (size_t)a->rows * (a->size + (size_t)(a->last - a->first) + LANES) + a->size;
+    const size_t rows = a->rows < BLOCK ? a->rows : BLOCK;
+    return a->size + rows * (a->size + (size_t)(a->last - a->first) + LANES);
 }
 
-// One query head over what is visible; the cache holds the new rows already. to: (rows, heads, size).
-static void attend_head(const Attention *a, const float *qkv, int head, float *room, float *to) {
-    const int size = a->size, rows = a->rows, half = a->half_cache, count = a->last - a->first;
+// Adds the mask to scores of new row t for `some` cache rows from `from` on.
+INLINE __m512 masked(const Attention *a, int t, int from, int some, __m512 x) {
+    const size_t at = t * a->mask_row + from;
+    if (a->mask_kind == 1) {
+        __m128i seen = _mm_maskz_loadu_epi8((__mmask16)((1u << some) - 1), (const uint8_t *)a->mask + at);
+        return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), _mm_test_epi8_mask(seen, seen), x);
+    }
+    return a->mask_kind ? _mm512_add_ps(x, load_some(a->mask, at, a->mask_kind == 3, some)) : x;
+}
+
+// New rows from ≤ t < to of one query head over what is visible; the cache holds them already.
+static void attend_block(const Attention *a, const float *qkv, int head, int from, int to, float *room, float *out) {
+    const int size = a->size, half = a->half_cache, rows = to - from, all = a->last - a->first;
+    const int count = a->causal ? all - (a->rows - to) : all; // what the newest of them sees
     const int total = a->heads + 2 * a->key_heads, key_head = head / (a->heads / a->key_heads);
-    const size_t width = half ? sizeof(bf16) : sizeof(float), columns = (size_t)count + LANES;
+    const size_t width = half ? sizeof(bf16) : sizeof(float), columns = (size_t)all + LANES;
     const char *keys = (const char *)a->cache + width * ((size_t)key_head * a->capacity + a->first) * size;
     const char *values = keys + width * a->key_heads * a->capacity * size;
     float *turned = room, *scores = room + size;
     char *queries = (char *)(scores + rows * columns); // in the cache's type
     const float gain = 1 / sqrtf(size);
     for (int t = 0; t < rows; t++) {
-        turn(a, qkv + ((size_t)t * total + head) * size, t, head, gain, turned);
+        turn(a, qkv + ((size_t)(from + t) * total + head) * size, from + t, head, gain, turned);
         for (int d = 0; d < size; d += LANES) store(queries, (size_t)t * size + d, half, _mm512_loadu_ps(turned + d));
     }
-    for (int i = 0; i < count; i += LANES)
+    for (int i = 0; i < count; i += LANES) {
+        const int some = count - i < LANES ? count - i : LANES;
         for (int t = 0; t < rows; t++) {
-            const int some = count - i < LANES ? count - i : LANES;
             __m512 x = some_products(queries + width * t * size, keys + width * i * size, size, half, some);
-            const size_t at = t * a->mask_row + i;
-            const __mmask16 there = (__mmask16)((1u << some) - 1);
-            if (a->mask_kind == 1) {
-                __m128i seen = _mm_maskz_loadu_epi8(there, (const uint8_t *)a->mask + at);
-                x = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), _mm_test_epi8_mask(seen, seen), x);
-            } else if (a->mask_kind) {
-                x = _mm512_add_ps(x, load_some(a->mask, at, a->mask_kind == 3, some));
-            }
-            _mm512_storeu_ps(scores + t * columns + i, x);
+            _mm512_storeu_ps(scores + t * columns + i, masked(a, from + t, i, some, x));
         }
+    }
     for (int t = 0; t < rows; t++) {
         const int seen = a->causal ? count - (rows - 1 - t) : count;
         softmax(scores + t * columns, seen);
@@ -193,6 +199,12 @@ static void attend_head(const Attention *a, const float *qkv, int head, float *r
     for (int t = 0; t < rows; t += QUERIES)
         for (int d = 0; d < size; d += parts * LANES)
             weighted_values(rows - t < QUERIES ? rows - t : QUERIES, parts, scores + t * columns, columns,
-                            values + width * d, size, half, count, to + ((size_t)t * a->heads + head) * size + d,
-                            (size_t)a->heads * size);
+                            values + width * d, size, half, count,
+                            out + ((size_t)(from + t) * a->heads + head) * size + d, (size_t)a->heads * size);
+}
+
+// One query head of all new rows. out: (rows, heads, size).
+static void attend_head(const Attention *a, const float *qkv, int head, float *room, float *out) {
+    for (int from = 0; from < a->rows; from += BLOCK)
+        attend_block(a, qkv, head, from, from + BLOCK < a->rows ? from + BLOCK : a->rows, room, out);
 }

@@ -1,4 +1,4 @@
-// Steps of Llama layers over a cache, for few rows at a time: `vocalnet_layer` runs a whole layer, `vocalnet_linear` one
+// Steps of Llama layers over a cache, for few rows at a time: `vocalnet_layers` runs whole layers, `vocalnet_linear` one
 // product, `vocalnet_attend` the attention alone. Each is one parallel region; work is handed out piece by piece, so
 // that a thread that was put off does not hold up the others for longer than its piece. Every row is computed by the
 // same operations in the same order however many rows there are.
@@ -100,47 +100,73 @@ INLINE void finish_gate(const void *given, int row, int panel, const float *outp
     }
 }
 
-INLINE size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+INLINE int largest(int a, int b, int c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 
 // What the functions return.
 enum { DONE, NO_MEMORY, OUTSIDE };
 
-// x (rows, width) → y (rows, width), floats or bf16 as a->half says.
-int vocalnet_layer(const Layer *l, const Attention *a, const void *x, void *y, int threads) {
+// Buffers of a step that all threads share, in floats.
+typedef struct {
+    float *qkv, *seen, *middle, *gated;
+} Shared;
+
+// One thread's part of a layer: x (rows, width) → y (rows, width), which may be the same memory; floats or bf16, as
+// a->half says. `counters` are six zeros. All threads must have come here; some leave before others.
+static void layer_step(const Layer *l, const Attention *a, const void *x, void *y, Shared shared, char *room, int widest,
+                       int *counters) {
+    const int rows = a->rows, total = (a->heads + 2 * a->key_heads) * a->size;
+    const Prepared prepared = prepared_in(room, rows, widest);
+    prepare_rows(&l->qkv, x, a->half, rows, prepared);
+    product(&l->qkv, prepared, rows, counters, finish_sum, &(Sum){NULL, shared.qkv, total, 0, 0});
+#pragma omp barrier
+    for (int head; (head = next(counters + 1)) < a->key_heads;) write_head(a, shared.qkv, head);
+#pragma omp barrier
+    for (int head; (head = next(counters + 2)) < a->heads;)
+        attend_head(a, shared.qkv, head, (float *)room, shared.seen);
+#pragma omp barrier
+    prepare_rows(&l->output, shared.seen, 0, rows, prepared);
+    product(&l->output, prepared, rows, counters + 3, finish_sum, &(Sum){x, shared.middle, l->width, a->half, 0});
+#pragma omp barrier
+    prepare_rows(&l->gate_up, shared.middle, 0, rows, prepared);
+    product(&l->gate_up, prepared, rows, counters + 4, finish_gate, &(Gate){shared.gated, l->ffn});
+#pragma omp barrier
+    prepare_rows(&l->down, shared.gated, 0, rows, prepared);
+    product(&l->down, prepared, rows, counters + 5, finish_sum, &(Sum){shared.middle, y, l->width, 0, a->half});
+}
+
+// `count` layers of one shape, each with its cache: x (rows, width) → y (rows, width), floats or bf16 as a->half says.
+// a->cache is not read.
+int vocalnet_layers(const Layer *const *layers, void *const *caches, int count, const Attention *a, const void *x,
+                    void *y, int threads) {
     if (!inside(a)) return OUTSIDE;
     const int rows = a->rows, attended = a->heads * a->size, total = attended + 2 * a->key_heads * a->size;
-    const size_t common = (size_t)rows * (total + attended + l->width + l->ffn);
-    float *qkv = room_of(&common_room, &common_held, sizeof(float) * common);
-    if (!qkv) return NO_MEMORY;
-    float *seen = qkv + (size_t)rows * total, *middle = seen + (size_t)rows * attended;
-    float *gated = middle + (size_t)rows * l->width;
-    const int widest = (int)larger(larger(l->width, l->ffn), attended);
-    const size_t need = larger(prepared_room(rows, widest), sizeof(float) * attention_room(a));
-    int counters[6] = {0}, failed = DONE;
+    const int width = layers[0]->width, ffn = layers[0]->ffn, widest = largest(width, ffn, attended);
+    float *common =
+        room_of(&common_room, &common_held, sizeof(float) * (size_t)rows * (total + attended + width + ffn));
+    int *counters = calloc(6 * (size_t)count, sizeof(int));
+    int failed = common && counters ? DONE : NO_MEMORY;
+    const size_t scores = sizeof(float) * attention_room(a), products = prepared_room(rows, widest);
+    Shared shared = {common, NULL, NULL, NULL};
+    if (common) {
+        shared.seen = shared.qkv + (size_t)rows * total;
+        shared.middle = shared.seen + (size_t)rows * attended;
+        shared.gated = shared.middle + (size_t)rows * width;
+    }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        char *room = room_of(&own_room, &own_held, need);
+        char *room = room_of(&own_room, &own_held, scores > products ? scores : products);
         if (!room) __atomic_store_n(&failed, NO_MEMORY, __ATOMIC_RELAXED);
 #pragma omp barrier
         if (!failed) {
-            const Prepared prepared = prepared_in(room, rows, widest);
-            prepare_rows(&l->qkv, x, a->half, rows, prepared);
-            product(&l->qkv, prepared, rows, counters, finish_sum, &(Sum){NULL, qkv, total, 0, 0});
+            Attention own = *a;
+            for (int i = 0; i < count; i++) {
+                own.cache = caches[i];
+                layer_step(layers[i], &own, i ? y : x, y, shared, room, widest, counters + 6 * i);
 #pragma omp barrier
-            for (int head; (head = next(counters + 1)) < a->key_heads;) write_head(a, qkv, head);
-#pragma omp barrier
-            for (int head; (head = next(counters + 2)) < a->heads;) attend_head(a, qkv, head, (float *)room, seen);
-#pragma omp barrier
-            prepare_rows(&l->output, seen, 0, rows, prepared);
-            product(&l->output, prepared, rows, counters + 3, finish_sum, &(Sum){x, middle, l->width, a->half, 0});
-#pragma omp barrier
-            prepare_rows(&l->gate_up, middle, 0, rows, prepared);
-            product(&l->gate_up, prepared, rows, counters + 4, finish_gate, &(Gate){gated, l->ffn});
-#pragma omp barrier
-            prepare_rows(&l->down, gated, 0, rows, prepared);
-            product(&l->down, prepared, rows, counters + 5, finish_sum, &(Sum){middle, y, l->width, 0, a->half});
+            }
         }
     }
+    free(counters);
     return failed;
 }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_int32, c_int64, c_void_p
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from ctypes import POINTER, Array, Structure, addressof, c_int32, c_int64, c_void_p
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ class LayerStruct(Structure):
 
 
 class AttentionStruct(Structure):
-    """`Attention` of attention.h."""
+    """`Attention` of attention.h, and in `held` the tensors that it points to."""
+
+    held: tuple[Any, ...]
 
     _fields_ = [
         ("rows", c_int32),
@@ -87,8 +90,6 @@ class NativeAttention:
     ) -> AttentionStruct | None:
         """What the kernel needs to know of a step; None if it is of a form that the kernel does not know.
 
-        The tensors must live until the call.
-
         Args:
             x: (1, T, …), the new rows.
             rotation: (T, 1 or heads + key heads, size).
@@ -109,7 +110,7 @@ class NativeAttention:
             kind = _MASKS.get(mask.dtype, 0)
             if not kind or mask.shape != (rows, visible[1] - visible[0]) or mask.stride(1) != 1:
                 return None
-        return AttentionStruct(
+        told = AttentionStruct(
             rows,
             config.heads,
             config.key_heads,
@@ -129,6 +130,8 @@ class NativeAttention:
             None if mask is None else mask.data_ptr(),
             0 if mask is None else mask.stride(0),
         )
+        told.held = rotation, pair, places, mask
+        return told
 
     def __call__(self, qkv: Tensor, told: AttentionStruct) -> Tensor:
         """qkv (1, T, (heads + 2·key heads)·size) in float32, not yet rotated → (1, T, heads·size)."""
@@ -138,23 +141,45 @@ class NativeAttention:
 
 
 class NativeLayer:
-    """A whole Llama layer as one call."""
+    """A whole Llama layer, or several, as one call."""
 
     def __init__(
         self, config: LayerConfig, qkv: NativeLinear, output: NativeLinear, gate_up: NativeLinear, down: NativeLinear
     ) -> None:
         """The parts of `vocalnet.layers.PackedProjections`; `gate_up` is paired."""
-        parts = qkv, output, gate_up, down
-        self.struct = LayerStruct(config.width, config.ffn, *(part.struct for part in parts))
-        self.parts = parts  # the struct holds addresses only
+        self.parts = qkv, output, gate_up, down  # the struct holds addresses only
+        self.struct = LayerStruct(config.width, config.ffn, *(part.struct for part in self.parts))
+        self._stack: tuple[tuple[NativeLayer, ...], Array[Any]] = (), (c_void_p * 0)()
         kernels = library()
         assert kernels is not None
-        self._kernel = kernels.vocalnet_layer
-        self._kernel.argtypes = [POINTER(LayerStruct), POINTER(AttentionStruct), c_void_p, c_void_p, c_int32]
+        self._kernel = kernels.vocalnet_layers
+        self._kernel.argtypes = [
+            c_void_p,
+            c_void_p,
+            c_int32,
+            POINTER(AttentionStruct),
+            c_void_p,
+            c_void_p,
+            c_int32,
+        ]
 
-    def __call__(self, x: Tensor, told: AttentionStruct) -> Tensor:
-        """(1, T, width) → the same; the cache gets the new rows."""
+    def __call__(
+        self, x: Tensor, told: AttentionStruct, caches: Sequence[KVCache], after: tuple[NativeLayer, ...] = ()
+    ) -> Tensor:
+        """(1, T, width) → the same; the caches get the new rows.
+
+        Args:
+            x: input of this layer.
+            told: of the step; all caches have the same capacity.
+            caches: of this layer and of those after.
+            after: layers of the same shape that follow.
+        """
         x = x.contiguous()
         y = torch.empty_like(x)
-        check(self._kernel(self.struct, told, x.data_ptr(), y.data_ptr(), torch.get_num_threads()))
+        if self._stack[0] != after or not self._stack[1]:
+            self._stack = after, (c_void_p * (1 + len(after)))(*(addressof(one.struct) for one in (self, *after)))
+        pairs = (c_void_p * len(caches))(*(cache.pair.data_ptr() for cache in caches))
+        check(
+            self._kernel(self._stack[1], pairs, len(caches), told, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        )
         return y

@@ -61,6 +61,13 @@ static float prepare(const Linear *linear, const void *row, size_t index, int ha
     return factor * peak / 127;
 }
 
+// 4 bytes, in every lane.
+INLINE __m512i word(const uint8_t *from) {
+    int32_t bits;
+    __builtin_memcpy(&bits, from, 4);
+    return _mm512_set1_epi32(bits);
+}
+
 INLINE void tile_int8(const int rows, const Linear *l, int panel, const uint8_t *x, size_t stride, const float *factor,
                       float (*to)[PANEL]) {
     const int steps = l->in / 4;
@@ -76,7 +83,7 @@ INLINE void tile_int8(const int rows, const Linear *l, int panel, const uint8_t 
         for (int j = 0; j < 4; j++) part[j] = _mm512_loadu_si512(w + 64 * j);
 #pragma GCC unroll 6
         for (int m = 0; m < rows; m++) {
-            __m512i given = _mm512_set1_epi32(*(const int32_t *)(x + m * stride + 4 * k));
+            __m512i given = word(x + m * stride + 4 * k);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) sum[m][j] = _mm512_dpbusd_epi32(sum[m][j], given, part[j]);
         }
@@ -112,7 +119,7 @@ INLINE void tile_bf16(const int rows, const Linear *l, int panel, const uint8_t 
         for (int j = 0; j < 4; j++) part[j] = _mm512_loadu_si512(w + 64 * j);
 #pragma GCC unroll 6
         for (int m = 0; m < rows; m++) {
-            __m512i given = _mm512_set1_epi32(*(const int32_t *)(x + m * stride + 4 * k));
+            __m512i given = word(x + m * stride + 4 * k);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) sum[m][j] = dot_bf16(sum[m][j], given, part[j]);
         }
