@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from vocalnet.checkpoints.tensors import FolderWeights, Shape, StateWeights, Weights
 from vocalnet.errors import CheckpointError, ConfigError
 from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, Rotation, step_all
-from vocalnet.linears import PackedLinear, Precision, compute_dtype, hadamard, pack_linear, spread, spread_block
+from vocalnet.linears import (
+    PackedLinear,
+    PackedModule,
+    Precision,
+    compute_dtype,
+    hadamard,
+    pack_linear,
+    spread,
+    spread_block,
+)
 from vocalnet.lora import LoraAdapter
 from vocalnet.norm import RMSNorm
 
@@ -208,18 +217,6 @@ def _rotary(config: Any) -> Rotary:
     return Rotary(size, inverse_frequency=reference.inv_freq, gain=float(reference.attention_scaling))
 
 
-class _PackedModule(nn.Module):
-    """A packed product in the place of an nn.Linear."""
-
-    def __init__(self, linear: PackedLinear) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out)."""
-        return self.linear(x)
-
-
 class ForeignDecoder:
     """Any causal LM through transformers' own forward and cache."""
 
@@ -236,7 +233,7 @@ class ForeignDecoder:
             for parent in list(body.modules()):
                 for name, child in list(parent.named_children()):
                     if type(child) is nn.Linear:
-                        setattr(parent, name, _PackedModule(pack_linear(child.weight, child.bias, precision)))
+                        setattr(parent, name, PackedModule(pack_linear(child.weight, child.bias, precision)))
         self.body = model.get_decoder()
 
     def init_state(self, capacity: int, batch: int) -> BackboneState:

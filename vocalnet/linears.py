@@ -19,6 +19,7 @@ from vocalnet.native.linear import fits
 from vocalnet.norm import RMSNorm, fold_norm, row_size
 
 Precision = Literal["int8", "bf16", "fp32"]
+WantedPrecision = Literal["auto", "int8", "bf16", "fp32"]
 
 
 def _operator(packet: Any) -> Any:
@@ -207,9 +208,31 @@ class HalfLinear:
 PackedLinear = DenseLinear | HalfLinear | Int8Linear | NativeLinear
 
 
+class PackedModule(nn.Module):
+    """A packed product in the place of an nn.Linear."""
+
+    def __init__(self, linear: PackedLinear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        return self.linear(x)
+
+
 def int8_available() -> bool:
     """Whether this build of PyTorch has FBGEMM's int8 kernels (x86 processors)."""
     return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def best_precision(wanted: WantedPrecision) -> Precision:
+    """What is asked for; "auto": the fastest here that computes every row for itself, whatever the others are.
+
+    Then tokens depend neither on the pieces in which text arrives nor on how many tokens a step has.
+    """
+    if wanted != "auto":
+        return wanted
+    return "int8" if available() else "fp32"
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:

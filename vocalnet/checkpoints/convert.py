@@ -68,8 +68,8 @@ def load_released(
     flow, hift = load_flow(vocoder_folder), load_hift(vocoder_folder)
     hift.fold_weight_norm()
     spoken = None if voice is None else load_voice(Path(voice), vocoder_folder, flow.config)
-    decoder = released.load_decoder(compute_dtype(generation.decoder_precision))
-    decoder.prepare_inference(generation.decoder_precision)
+    decoder = released.load_decoder(compute_dtype(generation.precision))
+    decoder.prepare_inference(generation.precision)
     return VocalNet(
         config=config,
         encoder=released.load_encoder(compute_dtype(generation.precision)),
