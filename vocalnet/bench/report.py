@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from vocalnet.native import available
+
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
@@ -28,6 +30,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "torch": torch.__version__,
+        "kernels": available(),
     }
 
 
