@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -14,9 +15,9 @@ from torch import nn
 
 from vocalnet import layers as layers_module
 from vocalnet.errors import ConfigError
-from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, Rotation, causal_mask
+from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, Rotation, causal_mask, step_all
 from vocalnet.linears import DenseLinear, Int8Linear, compute_dtype, hadamard, pack_linear, spread, spread_block
-from vocalnet.native import NativeLinear, available, build
+from vocalnet.native import NativeLinear, available
 from vocalnet.norm import RMSNorm
 
 pytestmark = pytest.mark.skipif(not available(), reason="no AVX-512 VNNI, or no C compiler")
@@ -189,7 +190,7 @@ def test_spread_and_paired_products():
     assert torch.allclose(spread(spread(x, matrix), matrix), x, atol=1e-5)
 
 
-def test_gradients_and_batches_take_pytorchs_way():
+def test_batches_take_pytorchs_way():
     """Two sequences at once are not the kernels' business, but give the same."""
     config = SIZES[0]
     layer = make_layer(config)
@@ -199,6 +200,122 @@ def test_gradients_and_batches_take_pytorchs_way():
         cache = KVCache.allocate(2, config, 9, compute_dtype(precision))
         out = packed(layer, precision).step(x.to(cache.pair.dtype), rotation_of(config, 0, 9, cache.pair.dtype), cache)
         assert close(out, expected, precision)
+
+
+def test_gradients_flow_or_are_refused():
+    config = SIZES[0]
+    layer = make_layer(config)
+    x = torch.randn(1, 4, config.width, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradients"):
+        packed(layer, "int8").step(x, rotation_of(config, 0, 4), KVCache.allocate(1, config, 4))
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    """A kernel would read or write past the end."""
+    config = SIZES[0]
+    for precision in ("bf16", "int8"):
+        layer = packed(make_layer(config), precision)
+        dtype = compute_dtype(precision)
+        cache = KVCache.allocate(1, config, 8, dtype)
+        with pytest.raises(RuntimeError, match=r"expected \(\.\.\., 64\)"):
+            layer.step(torch.randn(1, 4, 32, dtype=dtype), rotation_of(config, 0, 4, dtype), cache)
+        with pytest.raises(RuntimeError, match=r"expected \(\.\.\., 64\)"):
+            layer.packed.qkv(torch.randn(3, 128, dtype=dtype))
+        with pytest.raises(RuntimeError, match="on meta"):
+            layer.packed.qkv(torch.zeros(3, 64, dtype=dtype, device="meta"))
+
+
+def test_layers_or_caches_that_differ_are_refused():
+    config = SIZES[0]
+    stack = [packed(make_layer(config), "int8") for _ in range(2)]
+    x, turn = torch.randn(1, 3, config.width), rotation_of(config, 0, 3)
+    for capacities, dtypes in (((8, 8, 8), (1, 1, 1)), ((8,), (1,)), ((8, 4), (1, 1)), ((8, 8), (1, 0))):
+        kinds = [(torch.bfloat16, torch.float32)[kind] for kind in dtypes]
+        caches = [KVCache.allocate(1, config, size, kind) for size, kind in zip(capacities, kinds, strict=True)]
+        with pytest.raises(ValueError, match="cache"):
+            step_all(stack, x, turn, caches)
+    other = [stack[0], packed(make_layer(SIZES[4]), "int8")]
+    caches = [KVCache.allocate(1, config, 8) for _ in range(2)]
+    with pytest.raises(ValueError, match="one shape"):
+        step_all(other, x, turn, caches)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_all_layers_as_one_call(precision):
+    config = SIZES[2]
+    stack = [packed(make_layer(config), precision) for _ in range(3)]
+    x = torch.randn(1, 11, config.width).to(compute_dtype(precision))
+    one, all_at_once = ([KVCache.allocate(1, config, 12, torch.bfloat16) for _ in stack] for _ in range(2))
+    for first, last in ((0, 1), (1, 6), (6, 11)):
+        turn = rotation_of(config, first, last, x.dtype)
+        expected = x[:, first:last]
+        for layer, cache in zip(stack, one, strict=True):
+            expected = layer.step(expected, turn, cache)
+        given = x[:, first:last].clone()
+        assert torch.equal(step_all(stack, given, turn, all_at_once), expected)
+        assert torch.equal(given, x[:, first:last])
+    assert [cache.length for cache in all_at_once] == [11, 11, 11]
+    assert all(torch.equal(a.pair[:, :, :11], b.pair[:, :, :11]) for a, b in zip(one, all_at_once, strict=True))
+
+
+def test_rows_and_caches_with_gaps_between_them():
+    """Views that the kernels would misread go PyTorch's way."""
+    config = SIZES[0]
+    layer = packed(make_layer(config), "int8")
+    x, turn = torch.randn(1, 3, config.width), rotation_of(config, 0, 3)
+    wide = torch.zeros(1, 4, 12, config.size)
+    results = []
+    for pair, places in (
+        (torch.zeros(1, 4, 6, config.size), torch.tensor([0, 2, 4])),
+        (torch.zeros(1, 4, 6, config.size), torch.arange(10)[::2][:3]),
+        (wide[:, :, :6], torch.tensor([0, 2, 4])),
+    ):
+        cache = KVCache(pair)
+        out = layer.step(x, turn, cache, places, (0, 6), torch.ones(3, 6, dtype=torch.bool))
+        results.append((out, pair))
+    assert wide[:, :, 6:].abs().max() == 0
+    for out, pair in results[1:]:
+        assert close(out, results[0][0], "int8")
+        assert close(pair, results[0][1], "int8")
+
+
+def test_a_default_dtype_changes_nothing():
+    """transformers sets one while it loads, for the whole process."""
+    config = SIZES[0]
+    layer = packed(make_layer(config), "int8")
+    x = torch.randn(1, 5, config.width)
+    expected, _ = stream(layer, config, x, [2, 5])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = layer.step(x, rotation_of(config, 0, 5), KVCache.allocate(1, config, 5, torch.bfloat16))
+        logits = layer.packed.qkv(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == logits.dtype == torch.float32
+    assert close(found, expected, "int8")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_not_a_number_stays_so(precision):
+    config = SIZES[0]
+    layer = packed(make_layer(config), precision)
+    x = torch.randn(1, 4, config.width).to(compute_dtype(precision))
+    x[0, 2, 5] = float("nan")
+    out, _ = stream(layer, config, x, [4])
+    assert out[:, 2:].isnan().all()  # the last row sees the one before it
+    assert layer.packed.output(x)[0, 2].isnan().all()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_packed_layers_can_be_copied(precision, copied):
+    config = SIZES[0]
+    layer = packed(make_layer(config), precision)
+    x = torch.randn(1, 6, config.width).to(compute_dtype(precision))
+    expected, _ = stream(layer, config, x, [2, 6])
+    made = copied(layer)
+    layer.packed.gate_up.weight.zero_()  # a copy has its own
+    assert torch.equal(stream(made, config, x, [2, 6])[0], expected)
 
 
 def test_rows_outside_the_cache_are_refused():
@@ -297,6 +414,35 @@ def test_compiler_that_fails(tmp_path):
     assert not list((tmp_path / "native").glob("*.so"))
 
 
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "native").write_text("not a folder")
+    assert run(KIND, VOCALNET_CACHE=str(tmp_path))[0] in ("NativeLinear", "DenseLinear")
+
+
+def test_no_home():
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "VOCALNET_CACHE")}
+    code = "import pathlib; pathlib.Path.home = classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError())); " + KIND
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.stdout.strip(), result.stderr) == ("NativeLinear", "")
+
+
+def test_an_old_compiler(tmp_path):
+    """gcc 9 knows AVX-512 VNNI, but not bf16."""
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *bf16*) echo unknown option >&2; exit 1;; esac\nexec gcc "$@"\n')
+    compiler.chmod(0o755)
+    code = """
+import torch
+from vocalnet.linears import pack_linear
+torch.manual_seed(0)
+weight, x = torch.randn(70, 64), torch.randn(5, 64)
+print(type(pack_linear(weight, None, "bf16")).__name__)
+error = pack_linear(weight, None, "bf16")(x).float() - x @ weight.T
+print(bool(error.abs().max() < 0.2))
+"""
+    assert run(code, CC=str(compiler), VOCALNET_CACHE=str(tmp_path))[0].split() == ["NativeLinear", "True"]
+
+
 def test_compiled_once(tmp_path):
     assert run(KIND, VOCALNET_CACHE=str(tmp_path))[0] == "NativeLinear"
     (made,) = (tmp_path / "native").glob("*.so")
@@ -310,7 +456,6 @@ def test_without_kernels_the_same_comes_out(monkeypatch):
     layer = make_layer(config)
     x = torch.randn(1, 12, config.width)
     with_kernels, _ = stream(packed(layer, "int8"), config, x, [5, 12])
-    monkeypatch.setattr(build, "library", lambda: None)
     for module in ("vocalnet.linears", "vocalnet.layers"):
         monkeypatch.setattr(f"{module}.available", lambda: False)
     without = copy.deepcopy(layer)

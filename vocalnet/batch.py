@@ -44,7 +44,7 @@ def generate_batch(
     streaming: bool = True,
     generator: torch.Generator | None = None,
 ) -> list[list[int]]:
-    """The speech tokens of each text, up to EOS or its limit; greedy, the same as one by one with `generate_chunk`.
+    """The speech tokens of each text, up to EOS or its limit; greedy and in fp32, those of `generate_chunk` one by one.
 
     Args:
         texts: each (T_i, input_size), the end token's row last.
@@ -366,7 +366,7 @@ class Lockstep:
     def generate(self, max_tokens: int) -> list[list[int]]:
         """Up to `max_tokens` further tokens of each answer, without EOS; fewer if text is missing or it has ended.
 
-        One answer's tokens do not depend on the others, and equal those of `generate_chunk` when greedy.
+        One answer's tokens do not depend on the others, and equal those of `generate_chunk` when greedy and in fp32.
         """
         state, group = self.state, self.decoder.mtp_layers.group
         while self.made - self.handed_out < max_tokens and not all(self.ended):

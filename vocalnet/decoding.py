@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -295,7 +295,7 @@ class _Chosen:
         return likely.cumprod(1).bool()
 
 
-@lru_cache(maxsize=8)
+@cache  # captured graphs keep their addresses
 def _forbidden(config: SpeechDecoderConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two (vocabulary,) to add to logits: -inf for special tokens but EOS; the same and EOS."""
     with torch.inference_mode(False):  # they outlive whoever asks first

@@ -48,6 +48,6 @@ def describe(source: str) -> str:
             lines.append(f"{key:<10} {json.dumps(card[key])}")
     here = machine()
     sound = f"microphone {'yes' if has_microphone() else 'no'}, loudspeaker {'yes' if has_loudspeaker() else 'no'}"
-    kernels = "kernels in C" if here["kernels"] else "no kernels in C: they need AVX-512 VNNI and a C compiler"
+    kernels = "kernels in C" if here["kernels"] else "no kernels in C (they need AVX-512 VNNI and a C compiler)"
     lines.append(f"machine    {here['cpu']}, {here['cores']} cores, {kernels}, GPU {here['gpu'] or 'none'}, {sound}")
     return "\n".join(lines)

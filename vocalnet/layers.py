@@ -281,7 +281,8 @@ def _spread_writing(linear: nn.Linear, matrix: Tensor) -> None:
 class LlamaLayer(nn.Module):
     """Pre-norm self-attention and gated feed-forward, with grouped key heads and optional biases.
 
-    `forward` is offline with any mask; `step` continues from a cache. Both give the same numbers.
+    `forward` is offline with any mask; `step` continues from a cache. Both give the same numbers, but for the rounding
+    of what was packed to int8 or bf16.
     """
 
     def __init__(self, config: LayerConfig) -> None:
@@ -371,21 +372,20 @@ class LlamaLayer(nn.Module):
 
         Returns:
             (B, T, width).
+
+        Raises:
+            ConfigError: rows outside the cache's capacity.
         """
         length, start = x.shape[1], cache.length
         told = self._told(x, rotation, cache, row, visible, mask)
-        if told is not None and self.packed is not None:
-            y = self._native_step(self.packed, x, told, cache)
-            if row is None:
-                cache.length = start + length
+        if told is not None:
+            y = self._native_step(x, told, cache)
+            cache.length = start + length if row is None else start
             return y
-        place = start if row is None else row
-        first, last = visible or (0, int(place) + length)
+        place, (first, last), appending = _where(cache, length, row, visible, mask)
         q, pair = self._project(x, rotation)
         cache.write(pair, place)
-        appending = mask is None and row is None and visible is None
-        if row is None:
-            cache.length = start + length
+        cache.length = start + length if row is None else start
         if appending and length > 1 and start > 0:
             mask = causal_mask(length, last, x.device)
         keys, values = cache.rows(first, last)
@@ -404,21 +404,20 @@ class LlamaLayer(nn.Module):
         if self.packed is None or self.packed.attention is None:
             return None
         length = x.shape[1]
-        place = cache.length if row is None else row
-        last = visible or (0, int(place) + length)
+        place, seen, appending = _where(cache, length, row, visible, mask)
         if not isinstance(place, Tensor):
             cache.check(place, length)
             place = _ROWS.narrow(0, place, length) if place + length <= len(_ROWS) else place + _ROWS[:length]
-        causal = mask is None and row is None and visible is None
-        return self.packed.attention.told(x, rotation, cache, place, last, mask, causal)
+        return self.packed.attention.told(x, rotation, cache, place, seen, mask, appending)
 
-    @staticmethod
-    def _native_step(packed: PackedProjections, x: Tensor, told: AttentionStruct, cache: KVCache) -> Tensor:
+    def _native_step(self, x: Tensor, told: AttentionStruct, cache: KVCache) -> Tensor:
         """`step` by the kernels, all of it or the attention between two products."""
+        packed = self.packed
+        assert packed is not None
+        assert packed.attention is not None
         if packed.whole is not None:
             return packed.whole(x, told, [cache])
-        assert packed.attention is not None
-        return _finished(packed, x, packed.attention(packed.qkv(x).float().contiguous(), told).to(x.dtype))
+        return _finished(packed, x, packed.attention(packed.qkv(x), told).to(x.dtype))
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """(B, T, width) → rotated q (B, H, T, D), and rotated k followed by v (B, 2·KV, T, D)."""
@@ -445,8 +444,16 @@ class LlamaLayer(nn.Module):
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
 
 
+def _where(
+    cache: KVCache, length: int, row: int | Tensor | None, visible: tuple[int, int] | None, mask: Tensor | None
+) -> tuple[int | Tensor, tuple[int, int], bool]:
+    """What `step` makes of its arguments: where new rows go, the (first, last) visible ones, whether it appends."""
+    place = cache.length if row is None else row
+    return place, visible or (0, int(place) + length), mask is None and row is None and visible is None
+
+
 def _finished(packed: PackedProjections, x: Tensor, attended: Tensor) -> Tensor:
-    """What follows the attention; attended is (B, T, H·D)."""
+    """What follows the attention: input (B, T, width) and attended (B, T, H·D) → (B, T, width)."""
     x = x + packed.output(attended)
     gate, up = packed.gate_up(x).chunk(2, -1)
     return packed.down(F.silu(gate) * up).add_(x)
@@ -461,7 +468,20 @@ def step_all(
     visible: tuple[int, int] | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """`LlamaLayer.step` through layers of one shape, with caches of one capacity; as one call where that can be."""
+    """`LlamaLayer.step` through layers that follow each other, as one call where that can be.
+
+    Args:
+        layers: of one shape.
+        x: (B, T, width), input of the first.
+        rotation, row, visible, mask: as in `LlamaLayer.step`, for all.
+        caches: one a layer, alike and equally long.
+
+    Returns:
+        (B, T, width).
+
+    Raises:
+        ConfigError: rows outside a cache's capacity.
+    """
     wholes = tuple(
         layer.packed.whole for layer in layers if layer.packed is not None and layer.packed.whole is not None
     )

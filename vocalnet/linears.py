@@ -182,7 +182,7 @@ class HalfLinear:
 
     Weights keep three bits more than in bf16 and are read as fast. One row takes 0.6 of the time of oneDNN's bf16
     product, five take about as long, ten longer (measured on AVX-512): it is for output heads, which see one row a
-    token.
+    token, where the kernels of `vocalnet.native` do not run.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None = None) -> None:
@@ -225,18 +225,8 @@ def int8_available() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def best_precision(wanted: WantedPrecision) -> Precision:
-    """What is asked for; "auto": the fastest here that computes every row for itself, whatever the others are.
-
-    Then tokens depend neither on the pieces in which text arrives nor on how many tokens a step has.
-    """
-    if wanted != "auto":
-        return wanted
-    return "int8" if available() else "fp32"
-
-
 def compute_dtype(precision: Precision) -> torch.dtype:
-    """The dtype of activations and caches under a precision (int8 weights work between float32 activations)."""
+    """The dtype of activations under a precision: int8 weights work between float32 ones (caches: `cache_dtype`)."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 

@@ -21,7 +21,7 @@ from vocalnet.config import from_dict, to_dict
 from vocalnet.decoding import DecodingConfig, DecodingMode
 from vocalnet.encoder import EncoderConfig, SpeechEncoder
 from vocalnet.errors import CheckpointError
-from vocalnet.linears import Precision, WantedPrecision, best_precision, compute_dtype
+from vocalnet.linears import Precision, WantedPrecision, compute_dtype
 from vocalnet.parts import CONFIG_FILE, load_part, read_json
 from vocalnet.prompt import ChatPrompt
 from vocalnet.sampling import SamplingConfig
@@ -58,7 +58,7 @@ class GenerationConfig:
         first_speech_tokens: speech tokens of the first chunk; later ones have the decoder's own chunk size.
         history_tokens: positions of earlier turns that a conversation keeps; 0: every question stands alone.
         precision: of the LLM's weights; int8 comes with bf16 in the encoder, where there are kernels for it.
-        decoder_precision: of the speech decoder's weights; "auto": see `vocalnet.linears.best_precision`.
+        decoder_precision: of the speech decoder's weights; "auto": see `SpeechDecoder.best_precision`.
     """
 
     text: SamplingConfig = field(default_factory=SamplingConfig)
@@ -196,15 +196,14 @@ class VocalNet:
         adapter = load_part(SpeechAdapter, AdapterConfig, folder / "adapter")
         adapter.attach(backbone.embedding_table)
         decoder = load_part(SpeechDecoder, SpeechDecoderConfig, folder / "speech_decoder", dtype=None)
-        decoder.prepare_inference(best_precision(generation.decoder_precision))
+        decoder.prepare_inference(generation.decoder_precision)
         flow = load_part(Flow, FlowConfig, folder / "flow")
         vocoder_class, vocoder_config = VOCODERS[config.vocoder]
         vocoder = load_part(vocoder_class, vocoder_config, folder / "vocoder")
         if isinstance(vocoder, HiFT):
             vocoder.fold_weight_norm()
         encoder = _load_encoder(folder, config.encoder, compute_dtype(precision))
-        if precision == "int8":
-            encoder.prepare_inference()
+        encoder.prepare_inference(precision)
         return cls(
             config=config,
             encoder=encoder,

@@ -22,9 +22,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vocalnet.errors import ConfigError
 from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, Rotation, rotate, step_all
-from vocalnet.linears import PackedLinear, Precision, compute_dtype, pack_output
+from vocalnet.linears import (
+    PackedLinear,
+    Precision,
+    WantedPrecision,
+    compute_dtype,
+    int8_available,
+    pack_output,
+    spread_block,
+)
 from vocalnet.mask import last_speech_row, training_mask, visible_text, visible_text_count
 from vocalnet.mtp import check_kind, make_head
+from vocalnet.native import NativeAttention, available
+from vocalnet.native.linear import fits
 from vocalnet.norm import RMSNorm
 from vocalnet.text_rows import PRONUNCIATION_SIZE, TABLE_WIDTH
 
@@ -353,8 +363,24 @@ class SpeechDecoder(nn.Module):
 
     # ---- streaming ----
 
-    def prepare_inference(self, precision: Precision = "fp32") -> None:
+    def best_precision(self, wanted: WantedPrecision) -> Precision:
+        """What is asked for; "auto": the fastest here that computes every row for itself, whatever the others are.
+
+        Then tokens depend neither on the pieces in which text arrives nor on how many tokens a step has (but for the
+        rounding of sums in the text's input). It is int8 by the kernels of `vocalnet.native`, or else fp32.
+        """
+        config = self.config
+        if wanted != "auto":
+            return wanted
+        fitting = (
+            NativeAttention.fits(config.layer) and fits(config.width) and fits(config.ffn, spread_block(config.ffn))
+        )
+        on_cpu = self.embedding.weight.device.type == "cpu"
+        return "int8" if on_cpu and fitting and int8_available() and available() else "fp32"
+
+    def prepare_inference(self, precision: WantedPrecision = "fp32") -> None:
         """Fuses and converts the weights for generation. There is no way back to training."""
+        precision = self.best_precision(precision)
         for layer in layers_of(self.encode_layers) + layers_of(self.decode_layers):
             layer.pack(precision)
         self.mtp_layers.pack(precision, self.output_proj)

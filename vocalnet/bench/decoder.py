@@ -163,9 +163,10 @@ def recorded(work: Work) -> Iterator[None]:
     def counted(self: LlamaLayer, *args: Any, **options: Any) -> Tensor:
         work.layer_calls += 1
         alone.append(1)
-        y = step(self, *args, **options)
-        alone.pop()
-        return y
+        try:
+            return step(self, *args, **options)
+        finally:
+            alone.pop()
 
     whole = NativeLayer.__call__
 

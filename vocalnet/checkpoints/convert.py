@@ -70,9 +70,11 @@ def load_released(
     spoken = None if voice is None else load_voice(Path(voice), vocoder_folder, flow.config)
     decoder = released.load_decoder(compute_dtype(generation.precision))
     decoder.prepare_inference(generation.precision)
+    encoder = released.load_encoder(compute_dtype(generation.precision))
+    encoder.prepare_inference(generation.precision)
     return VocalNet(
         config=config,
-        encoder=released.load_encoder(compute_dtype(generation.precision)),
+        encoder=encoder,
         adapter=released.load_adapter(),
         backbone=Backbone(folder, generation.precision),
         prompt=ChatPrompt.from_pretrained(folder, config.system, config.template, released.llm),

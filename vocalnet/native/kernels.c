@@ -3,6 +3,7 @@
 // that a thread that was put off does not hold up the others for longer than its piece. Every row is computed by the
 // same operations in the same order however many rows there are.
 #include <omp.h>
+#include <pthread.h>
 #include <stdlib.h>
 
 #include "attention.h"
@@ -13,7 +14,32 @@ typedef struct {
     Linear qkv, output, gate_up, down; // a panel of gate_up is 32 gates and their 32 ups
 } Layer;
 
-// Memory that a thread keeps between calls: at least `size` bytes, on a cache line. NULL: there is none.
+// Memory that a thread keeps between calls, and gives back when it ends.
+typedef struct {
+    void *own, *common; // to work in alone; what it shares with its team
+    size_t own_size, common_size;
+} Rooms;
+
+#define KEPT ((size_t)8 << 20) // bytes; larger rooms are given back at once
+
+static pthread_key_t rooms_key;
+static __thread Rooms *rooms;
+
+static void give_back(void *given) {
+    Rooms *all = given;
+    free(all->own);
+    free(all->common);
+    free(all);
+}
+
+__attribute__((constructor)) static void make_key(void) { pthread_key_create(&rooms_key, give_back); }
+
+static Rooms *my_rooms(void) {
+    if (!rooms && (rooms = calloc(1, sizeof(Rooms)))) pthread_setspecific(rooms_key, rooms);
+    return rooms;
+}
+
+// At least `size` bytes, on a cache line; NULL: there are none.
 static void *room_of(void **kept, size_t *held, size_t size) {
     if (*held < size) {
         free(*kept);
@@ -24,8 +50,26 @@ static void *room_of(void **kept, size_t *held, size_t size) {
     return *kept;
 }
 
-static __thread void *own_room, *common_room;
-static __thread size_t own_held, common_held;
+static void *own_room(size_t size) {
+    Rooms *mine = my_rooms();
+    return mine ? room_of(&mine->own, &mine->own_size, size) : NULL;
+}
+
+static void *common_room(size_t size) {
+    Rooms *mine = my_rooms();
+    return mine ? room_of(&mine->common, &mine->common_size, size) : NULL;
+}
+
+static void leave_room(void **kept, size_t *held) {
+    if (*held <= KEPT) return;
+    free(*kept);
+    *kept = NULL;
+    *held = 0;
+}
+
+static void leave_own_room(void) {
+    if (rooms) leave_room(&rooms->own, &rooms->own_size);
+}
 
 INLINE int next(int *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 
@@ -141,8 +185,7 @@ int vocalnet_layers(const Layer *const *layers, void *const *caches, int count, 
     if (!inside(a)) return OUTSIDE;
     const int rows = a->rows, attended = a->heads * a->size, total = attended + 2 * a->key_heads * a->size;
     const int width = layers[0]->width, ffn = layers[0]->ffn, widest = largest(width, ffn, attended);
-    float *common =
-        room_of(&common_room, &common_held, sizeof(float) * (size_t)rows * (total + attended + width + ffn));
+    float *common = common_room(sizeof(float) * (size_t)rows * (total + attended + width + ffn));
     int *counters = calloc(6 * (size_t)count, sizeof(int));
     int failed = common && counters ? DONE : NO_MEMORY;
     const size_t scores = sizeof(float) * attention_room(a), products = prepared_room(rows, widest);
@@ -154,7 +197,7 @@ int vocalnet_layers(const Layer *const *layers, void *const *caches, int count, 
     }
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        char *room = room_of(&own_room, &own_held, scores > products ? scores : products);
+        char *room = own_room(scores > products ? scores : products);
         if (!room) __atomic_store_n(&failed, NO_MEMORY, __ATOMIC_RELAXED);
 #pragma omp barrier
         if (!failed) {
@@ -165,7 +208,9 @@ int vocalnet_layers(const Layer *const *layers, void *const *caches, int count, 
 #pragma omp barrier
             }
         }
+        leave_own_room();
     }
+    if (rooms) leave_room(&rooms->common, &rooms->common_size);
     free(counters);
     return failed;
 }
@@ -177,12 +222,13 @@ int vocalnet_attend(const Attention *a, const float *qkv, float *to, int threads
     int counters[2] = {0}, failed = DONE;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        char *room = room_of(&own_room, &own_held, need);
+        char *room = own_room(need);
         if (!room) __atomic_store_n(&failed, NO_MEMORY, __ATOMIC_RELAXED);
         for (int head; (head = next(counters)) < a->key_heads;) write_head(a, qkv, head);
 #pragma omp barrier
         if (!failed)
             for (int head; (head = next(counters + 1)) < a->heads;) attend_head(a, qkv, head, (float *)room, to);
+        leave_own_room();
     }
     return failed;
 }
@@ -193,13 +239,14 @@ int vocalnet_linear(const Linear *l, const void *x, int half, int rows, float *y
     int counter = 0, failed = DONE;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        char *room = room_of(&own_room, &own_held, need);
+        char *room = own_room(need);
         if (!room) __atomic_store_n(&failed, NO_MEMORY, __ATOMIC_RELAXED);
         else {
             const Prepared prepared = prepared_in(room, rows, l->in);
             prepare_rows(l, x, half, rows, prepared);
             product(l, prepared, rows, &counter, finish_sum, &(Sum){NULL, y, l->out, 0, 0});
         }
+        leave_own_room();
     }
     return failed;
 }

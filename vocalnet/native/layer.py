@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vocalnet.native.build import library
-from vocalnet.native.linear import LinearStruct, NativeLinear, check
+from vocalnet.native.build import kernel
+from vocalnet.native.linear import LinearStruct, NativeLinear, check, check_input
 
 if TYPE_CHECKING:
     from vocalnet.layers import KVCache, LayerConfig, Rotation
@@ -68,10 +68,18 @@ class NativeAttention:
         """`dtype` is that of activations and rotations."""
         self.config = config
         self.dtype = dtype
-        kernels = library()
-        assert kernels is not None
-        self._kernel = kernels.vocalnet_attend
-        self._kernel.argtypes = [POINTER(AttentionStruct), c_void_p, c_void_p, c_int32]
+        self._connect()
+
+    def _connect(self) -> None:
+        self._kernel = kernel("vocalnet_attend", POINTER(AttentionStruct), c_void_p, c_void_p, c_int32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and files hold: all but addresses."""
+        return {key: value for key, value in vars(self).items() if key != "_kernel"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._connect()
 
     @staticmethod
     def fits(config: LayerConfig) -> bool:
@@ -100,16 +108,28 @@ class NativeAttention:
             causal: without a mask: the newest row sees all, the one before it all but the last, ….
         """
         config, (cos, sin), pair = self.config, rotation, cache.pair
-        rows = x.shape[1]
-        if x.shape[0] != 1 or x.dtype != self.dtype or pair.dtype not in _FLOATS or places.shape != (rows,):
+        rows, total = x.shape[1], config.heads + config.key_heads
+        kind = 0 if mask is None else _MASKS.get(mask.dtype, -1)
+        known = (
+            x.shape == (1, rows, config.width)
+            and x.dtype == cos.dtype == sin.dtype == self.dtype
+            and not (x.requires_grad and torch.is_grad_enabled())
+            and cos.shape in ((rows, 1, config.size), (rows, total, config.size))
+            and cos.shape == sin.shape
+            and cos.stride() == sin.stride()
+            and cos.stride(2) == 1
+            and pair.shape == (1, 2 * config.key_heads, cache.capacity, config.size)
+            and pair.dtype in _FLOATS
+            and pair.is_contiguous()
+            and places.shape == (rows,)
+            and places.dtype == torch.int64
+            and places.is_contiguous()
+            and (mask is None or (mask.shape == (rows, visible[1] - visible[0]) and mask.stride(1) == 1 and kind > 0))
+            and all(part.is_cpu for part in (x, cos, sin, pair, places))
+            and (mask is None or mask.is_cpu)
+        )
+        if not known:
             return None
-        if cos.shape[0] != rows or cos.ndim != 3 or cos.dtype != x.dtype or cos.stride() != sin.stride():
-            return None
-        kind = 0
-        if mask is not None:
-            kind = _MASKS.get(mask.dtype, 0)
-            if not kind or mask.shape != (rows, visible[1] - visible[0]) or mask.stride(1) != 1:
-                return None
         told = AttentionStruct(
             rows,
             config.heads,
@@ -134,8 +154,11 @@ class NativeAttention:
         return told
 
     def __call__(self, qkv: Tensor, told: AttentionStruct) -> Tensor:
-        """qkv (1, T, (heads + 2·key heads)·size) in float32, not yet rotated → (1, T, heads·size)."""
-        seen = torch.empty(1, told.rows, self.config.heads * self.config.size)
+        """qkv (1, T, (heads + 2·key heads)·size), not yet rotated → (1, T, heads·size) in float32."""
+        config = self.config
+        check_input(qkv, (config.heads + 2 * config.key_heads) * config.size)
+        qkv = qkv.float().contiguous()
+        seen = torch.empty(1, told.rows, config.heads * config.size, dtype=torch.float32, device="cpu")
         check(self._kernel(told, qkv.data_ptr(), seen.data_ptr(), torch.get_num_threads()))
         return seen
 
@@ -147,21 +170,30 @@ class NativeLayer:
         self, config: LayerConfig, qkv: NativeLinear, output: NativeLinear, gate_up: NativeLinear, down: NativeLinear
     ) -> None:
         """The parts of `vocalnet.layers.PackedProjections`; `gate_up` is paired."""
-        self.parts = qkv, output, gate_up, down  # the struct holds addresses only
-        self.struct = LayerStruct(config.width, config.ffn, *(part.struct for part in self.parts))
-        self._stack: tuple[tuple[NativeLayer, ...], Array[Any]] = (), (c_void_p * 0)()
-        kernels = library()
-        assert kernels is not None
-        self._kernel = kernels.vocalnet_layers
-        self._kernel.argtypes = [
-            c_void_p,
-            c_void_p,
-            c_int32,
-            POINTER(AttentionStruct),
-            c_void_p,
-            c_void_p,
-            c_int32,
-        ]
+        self.config = config
+        self.parts = qkv, output, gate_up, down
+        self._connect()
+
+    def _connect(self) -> None:
+        """Tells the kernel where everything lies: the struct holds addresses only."""
+        self.struct = LayerStruct(self.config.width, self.config.ffn, *(part.struct for part in self.parts))
+        self._stack: tuple[tuple[NativeLayer, ...], Array[Any]] = (), self._addresses(())
+        pointers = c_void_p, c_void_p, c_int32, POINTER(AttentionStruct), c_void_p, c_void_p, c_int32
+        self._kernel = kernel("vocalnet_layers", *pointers)
+
+    def _addresses(self, after: tuple[NativeLayer, ...]) -> Array[Any]:
+        """Of this layer and those after it."""
+        if any(layer.config != self.config for layer in after):
+            raise ValueError("layers that run as one call must have one shape")
+        return (c_void_p * (1 + len(after)))(*(addressof(layer.struct) for layer in (self, *after)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and files hold: all but addresses."""
+        return {"config": self.config, "parts": self.parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._connect()
 
     def __call__(
         self, x: Tensor, told: AttentionStruct, caches: Sequence[KVCache], after: tuple[NativeLayer, ...] = ()
@@ -170,16 +202,25 @@ class NativeLayer:
 
         Args:
             x: input of this layer.
-            told: of the step; all caches have the same capacity.
-            caches: of this layer and of those after.
+            told: of the step.
+            caches: of this layer and of those after, of one shape and dtype.
             after: layers of the same shape that follow.
+
+        Raises:
+            ValueError: layers or caches of different shapes.
         """
+        pair = caches[0].pair
+        if len(caches) != 1 + len(after) or any(
+            cache.pair.shape != pair.shape or cache.pair.dtype != pair.dtype or not cache.pair.is_contiguous()
+            for cache in caches
+        ):
+            raise ValueError("layers that run as one call need a cache each, all of one shape and dtype")
+        stack = self._stack
+        if stack[0] != after:
+            self._stack = stack = after, self._addresses(after)
         x = x.contiguous()
         y = torch.empty_like(x)
-        if self._stack[0] != after or not self._stack[1]:
-            self._stack = after, (c_void_p * (1 + len(after)))(*(addressof(one.struct) for one in (self, *after)))
         pairs = (c_void_p * len(caches))(*(cache.pair.data_ptr() for cache in caches))
-        check(
-            self._kernel(self._stack[1], pairs, len(caches), told, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
-        )
+        threads = torch.get_num_threads()
+        check(self._kernel(stack[1], pairs, len(caches), told, x.data_ptr(), y.data_ptr(), threads))
         return y

@@ -22,7 +22,7 @@ INLINE int panels(const Linear *linear) { return (linear->out + PANEL - 1) / PAN
 INLINE size_t row_bytes(const Linear *linear) { return (size_t)linear->in * linear->bits / 8; }
 
 // Reads a row of floats or bf16, norms, mixes and rounds it. `wide` has room for the row in floats. Returns what the
-// product is to be multiplied by.
+// product is to be multiplied by; NaN if one of its elements is.
 static float prepare(const Linear *linear, const void *row, size_t index, int half, float *wide, uint8_t *to) {
     const int in = linear->in;
     __m512 squares = _mm512_setzero_ps();
@@ -32,8 +32,9 @@ static float prepare(const Linear *linear, const void *row, size_t index, int ha
         squares = _mm512_fmadd_ps(x, x, squares);
         store_some(wide, i, 0, count, x);
     }
-    float factor = 1;
-    if (linear->floor >= 0) factor = 1 / sqrtf(_mm512_reduce_add_ps(squares) + linear->floor * linear->floor);
+    const float square = _mm512_reduce_add_ps(squares);
+    float factor = isnan(square) ? NAN : 1;
+    if (linear->floor >= 0) factor = 1 / sqrtf(square + linear->floor * linear->floor);
     if (linear->block) {
         hadamard(wide, in, linear->block);
         factor /= sqrtf(linear->block);

@@ -58,10 +58,10 @@ INLINE __m512 dot_bf16(__m512 sum, __m512i a, __m512i b) {
 #endif
 }
 
-// eˣ to about 2 units in the last place (Cody and Waite's reduction, Taylor's polynomial); below -87 it is 0.
+// eˣ to about 2 units in the last place (Cody and Waite's reduction, Taylor's polynomial); below -87 it is 0. NaN stays.
 INLINE __m512 exponential(__m512 x) {
-    __mmask16 alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
-    x = _mm512_min_ps(x, _mm512_set1_ps(88.0f));
+    __mmask16 alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+    x = _mm512_min_ps(_mm512_set1_ps(88.0f), x);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 f = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
     f = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), f);
