@@ -362,7 +362,7 @@ async def server_process(config: LoadConfig) -> AsyncIterator[str]:
     """`vocalnet serve` in a process of its own; yields its WebSocket's address.
 
     Raises:
-        VocalNetError: it does not start.
+        VocalNetError: it does not start, or ends too early.
     """
     command = [sys.executable, "-m", "vocalnet.cli", "serve", "--port", "0", "--model", config.model]
     command += ["--max-sessions", str(config.max_sessions)]
@@ -380,13 +380,18 @@ async def server_process(config: LoadConfig) -> AsyncIterator[str]:
         raise VocalNetError(f"the server does not start: {said[-1] if said else 'it says nothing'}")
 
     async def drain(stream: asyncio.StreamReader) -> None:
-        async for _ in stream:
-            pass
+        async for line in stream:
+            said[:] = [*said[-9:], line.decode(errors="replace").strip()]
 
     try:
         url = await asyncio.wait_for(address(), START_S)
         reading = asyncio.create_task(drain(process.stderr))
-        yield url
+        try:
+            yield url
+        except OSError as error:
+            if process.returncode is not None:
+                raise VocalNetError(f"the server ended with {process.returncode}: {' '.join(said)[-600:]}") from error
+            raise
         reading.cancel()
     finally:
         if process.returncode is None:
