@@ -1,6 +1,10 @@
 """The shipped mini model: it hears a question, answers it, and says the answer so that it is understood."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +12,13 @@ import pytest
 import torch
 
 from vocalnet.audio import QUESTION_RATE_HZ, read_audio
+from vocalnet.decoding import generate_chunk
 from vocalnet.evaluation.accept import is_right
 from vocalnet.evaluation.answer import ask
 from vocalnet.evaluation.seams import clicks, tail_db
 from vocalnet.model import MINI, VocalNet
 from vocalnet.parts import read_json
+from vocalnet.sampling import SamplingConfig
 
 ROOT = Path(__file__).parent.parent
 QUESTIONS = {"question.wav": ["paris"], "question-2.wav": ["eight"]}
@@ -68,6 +74,37 @@ def test_streamed_sound_equals_offline(mini):
     mel = mini.flow.mel(torch.tensor([session.speech_tokens]), streaming=True)
     offline = mini.vocoder(mel)[0].clamp(-1, 1).numpy()
     np.testing.assert_allclose(wave, offline, atol=1e-4)
+
+
+def test_it_answers_without_kernels(tmp_path):
+    """On PyTorch's operators alone, as on a machine without AVX-512 or a C compiler."""
+    command = [sys.executable, "-m", "vocalnet.cli", "chat", "--json", "--out", str(tmp_path)]
+    command += [str(ROOT / "examples" / name) for name in QUESTIONS]
+    environment = {**os.environ, "VOCALNET_NATIVE": "0"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    said = [json.loads(line) for line in result.stdout.splitlines()]
+    for one, words in zip(said, QUESTIONS.values(), strict=True):
+        assert is_right(one["text"], words), one["text"]
+        assert one["audio_s"] > 1
+
+
+def test_text_in_pieces_of_any_size_gives_the_same_tokens(mini):
+    """Every row is computed alike in whatever company: int8 by the kernels, fp32 without them."""
+    decoder, backbone = mini.speech_decoder, mini.backbone
+    ids = mini.prompt.answer_ids("The capital of France is Paris, and a spider has eight legs.")
+    hidden = backbone.prefill(backbone.embed(ids), backbone.init_state(len(ids)))[0]
+    rows = mini.text_rows(hidden, ids)
+    spoken = []
+    for size in (1, 3, 5, len(ids)):
+        state = decoder.init_state(len(ids) + 1, 400, 0)
+        tokens: list[int] = []
+        for first in range(0, len(ids), size):
+            decoder.add_text(rows[first : first + size], state, last=first + size >= len(ids))
+            while new := generate_chunk(decoder, state, SamplingConfig(), 15):
+                tokens += new
+        spoken.append(tokens)
+    assert len(spoken[0]) > 60
+    assert all(tokens == spoken[0] for tokens in spoken)
 
 
 def test_the_card_says_where_the_weights_come_from():
