@@ -32,7 +32,8 @@ from vocalnet.files import write_json, write_text
 from vocalnet.model import VOCODERS, VocalNetConfig, model_folder
 from vocalnet.parts import CONFIG_FILE, WEIGHTS_FILE, load_part, read_json
 from vocalnet.sampling import SamplingConfig
-from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.speech_decoder import SpeechDecoder
+from vocalnet.speech_decoder_config import SpeechDecoderConfig
 from vocalnet.training.answer_states import AnswerStates
 from vocalnet.training.engine import Engine, TrainerConfig, load_recipe
 from vocalnet.training.provenance import git_commit

@@ -23,7 +23,8 @@ from vocalnet.parts import load_part, save_part
 from vocalnet.sampling import SamplingConfig
 from vocalnet.session import Turn
 from vocalnet.shards import text_id
-from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.speech_decoder import SpeechDecoder
+from vocalnet.speech_decoder_config import SpeechDecoderConfig
 from vocalnet.training.answer_states import PRONUNCIATIONS, AnswerStates
 from vocalnet.training.speak import (
     SpeakTask,

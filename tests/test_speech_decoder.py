@@ -10,7 +10,8 @@ import torch
 from vocalnet.decoding import generate_chunk
 from vocalnet.errors import ConfigError
 from vocalnet.sampling import SamplingConfig
-from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.speech_decoder import SpeechDecoder
+from vocalnet.speech_decoder_config import SpeechDecoderConfig
 
 GREEDY = SamplingConfig()
 TINY = SpeechDecoderConfig(

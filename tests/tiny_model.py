@@ -11,7 +11,8 @@ from vocalnet.backbone import Backbone
 from vocalnet.encoder import EncoderConfig, SpeechEncoder
 from vocalnet.model import GenerationConfig, VocalNet, VocalNetConfig
 from vocalnet.prompt import ChatPrompt
-from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.speech_decoder import SpeechDecoder
+from vocalnet.speech_decoder_config import SpeechDecoderConfig
 from vocalnet.text_rows import PHONEMES, encode
 from vocalnet.vocoder.estimator import EstimatorConfig
 from vocalnet.vocoder.flow import Flow, mini_flow_config

@@ -23,7 +23,8 @@ from vocalnet.errors import ConfigError
 from vocalnet.sampling import SamplingConfig, draw, penalise, probabilities
 
 if TYPE_CHECKING:
-    from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig, SpeechState
+    from vocalnet.speech_decoder import SpeechDecoder, SpeechState
+    from vocalnet.speech_decoder_config import SpeechDecoderConfig
 
 DecodingMode = Literal["accept-all", "verified", "relaxed"]
 

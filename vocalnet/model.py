@@ -25,7 +25,8 @@ from vocalnet.linears import Precision, WantedPrecision, compute_dtype
 from vocalnet.parts import CONFIG_FILE, load_part, read_json
 from vocalnet.prompt import ChatPrompt
 from vocalnet.sampling import SamplingConfig
-from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.speech_decoder import SpeechDecoder
+from vocalnet.speech_decoder_config import SpeechDecoderConfig
 from vocalnet.text_rows import TextRows
 from vocalnet.vocoder import Vocoder
 from vocalnet.vocoder.flow import Flow, FlowConfig, FlowPrompt

@@ -35,7 +35,8 @@ from vocalnet.native import NativeLayer, NativeLinear
 from vocalnet.native.layer import AttentionStruct
 from vocalnet.parts import CONFIG_FILE, read_json
 from vocalnet.sampling import SamplingConfig
-from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.speech_decoder import SpeechDecoder
+from vocalnet.speech_decoder_config import SpeechDecoderConfig
 
 PERIOD = 4
 """Chunks after which steps and chunks meet again: 60 tokens are whole steps for every K up to 5."""

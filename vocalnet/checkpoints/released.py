@@ -21,7 +21,8 @@ from vocalnet.checkpoints.tensors import FolderWeights, Selected, Shape, Weights
 from vocalnet.encoder import EncoderConfig, SpeechEncoder
 from vocalnet.errors import CheckpointError, ConfigError
 from vocalnet.layers import LlamaLayer
-from vocalnet.speech_decoder import SpeechDecoder, SpeechDecoderConfig
+from vocalnet.speech_decoder import SpeechDecoder
+from vocalnet.speech_decoder_config import SpeechDecoderConfig
 
 ENCODER, ADAPTER, DECODER = "model.speech_encoder.", "model.speech_projector.", "speech_generator."
 ADAPTER_WIDTH = 2048  # the original's code has this number fixed

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from vocalnet.errors import DataError
 from vocalnet.files import replacing
 from vocalnet.prompt import ChatPrompt, Turn
-from vocalnet.speech_decoder import SpeechDecoderConfig
+from vocalnet.speech_decoder_config import SpeechDecoderConfig
 from vocalnet.text_rows import TABLE_WIDTH, TextRows
 from vocalnet.training.speak_config import SpeakTaskConfig
 from vocalnet.training.spoken import Asked, Pair, text_words

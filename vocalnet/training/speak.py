@@ -25,7 +25,8 @@ from vocalnet.decoding import generate_chunk
 from vocalnet.errors import ConfigError, DataError
 from vocalnet.parts import load_part, save_part
 from vocalnet.sampling import SamplingConfig, draw
-from vocalnet.speech_decoder import IGNORE, SpeechDecoder, SpeechDecoderConfig, TrainingPass, layers_of, token_losses
+from vocalnet.speech_decoder import IGNORE, SpeechDecoder, TrainingPass, layers_of, token_losses
+from vocalnet.speech_decoder_config import SpeechDecoderConfig
 from vocalnet.text_rows import PRONUNCIATION_SIZE
 from vocalnet.training.answer_states import AnswerStates
 from vocalnet.training.own_answers import own_answers

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from vocalnet.errors import ConfigError
-from vocalnet.speech_decoder import SpeechDecoderConfig
+from vocalnet.speech_decoder_config import SpeechDecoderConfig
 
 
 @dataclass(frozen=True)
