@@ -20,11 +20,11 @@ from vocalnet.errors import CheckpointError, ConfigError
 from vocalnet.layers import KVCache, LayerConfig, LlamaLayer, Rotary, Rotation, step_all
 from vocalnet.linears import (
     PackedLinear,
-    PackedModule,
     Precision,
     compute_dtype,
     hadamard,
     pack_linear,
+    replace_linears,
     spread,
     spread_block,
 )
@@ -229,11 +229,7 @@ class ForeignDecoder:
         self.output: Any = model.get_output_embeddings()
         if precision == "int8":
             self.output = pack_linear(self.output.weight, self.output.bias, precision)
-            body = model.get_decoder()
-            for parent in list(body.modules()):
-                for name, child in list(parent.named_children()):
-                    if type(child) is nn.Linear:
-                        setattr(parent, name, PackedModule(pack_linear(child.weight, child.bias, precision)))
+            replace_linears(model.get_decoder(), lambda linear: pack_linear(linear.weight, linear.bias, precision))
         self.body = model.get_decoder()
 
     def init_state(self, capacity: int, batch: int) -> BackboneState:

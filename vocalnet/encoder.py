@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from vocalnet.audio import WHISPER_HOP, question_features
 from vocalnet.errors import AudioError, CheckpointError
-from vocalnet.linears import PackedModule, Precision
+from vocalnet.linears import Precision, replace_linears
 from vocalnet.native import NativeLinear, available
 from vocalnet.native.linear import fits
 
@@ -102,13 +102,9 @@ class SpeechEncoder(nn.Module):
 
         Frames then differ by about 1 % (relative norm). There is no way back.
         """
-        weight = self.layer_norm.weight
-        if precision != "int8" or weight.device.type != "cpu" or weight.dtype != torch.float32 or not available():
-            return
-        for parent in list(self.layers.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and fits(child.in_features):
-                    setattr(parent, name, PackedModule(NativeLinear(child.weight, child.bias, "bf16")))
+        weight, fitting = self.layer_norm.weight, fits(self.config.width) and fits(self.config.ffn)
+        if precision == "int8" and weight.is_cpu and weight.dtype == torch.float32 and fitting and available():
+            replace_linears(self.layers, lambda linear: NativeLinear(linear.weight, linear.bias, "bf16"))
 
     def question_frames(self, features: Tensor, samples: int) -> Tensor:
         """Features (bins, T) of a question → (1, frames, width).

@@ -347,7 +347,7 @@ class LlamaLayer(nn.Module):
         """
         q, pair = self._project(x, rotation)
         k, v = pair.chunk(2, 1)
-        return self._finish(x, attend(q, k, v, mask, causal))
+        return self._finish(x, _side_by_side(attend(q, k, v, mask, causal)))
 
     def step(
         self,
@@ -389,7 +389,8 @@ class LlamaLayer(nn.Module):
         if appending and length > 1 and start > 0:
             mask = causal_mask(length, last, x.device)
         keys, values = cache.rows(first, last)
-        return self._finish(x, attend(q.to(keys.dtype), keys, values, mask, appending and start == 0).to(x.dtype))
+        attended = attend(q.to(keys.dtype), keys, values, mask, appending and start == 0)
+        return self._finish(x, _side_by_side(attended.to(x.dtype)))
 
     def _told(
         self,
@@ -417,7 +418,7 @@ class LlamaLayer(nn.Module):
         assert packed.attention is not None
         if packed.whole is not None:
             return packed.whole(x, told, [cache])
-        return _finished(packed, x, packed.attention(packed.qkv(x), told).to(x.dtype))
+        return self._finish(x, packed.attention(packed.qkv(x), told).to(x.dtype))
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """(B, T, width) → rotated q (B, H, T, D), and rotated k followed by v (B, 2·KV, T, D)."""
@@ -435,10 +436,11 @@ class LlamaLayer(nn.Module):
         return qkv.narrow(1, 0, heads), qkv.narrow(1, heads, 2 * key_heads)
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, feed-forward, and both residual sums; attended is (B, H, T, D)."""
-        attended = attended.transpose(1, 2).flatten(2)  # (B, T, H·D)
+        """Output projection, feed-forward, and both residual sums; attended is (B, T, H·D)."""
         if self.packed is not None:
-            return _finished(self.packed, x, attended)
+            x = x + self.packed.output(attended)
+            gate, up = self.packed.gate_up(x).chunk(2, -1)
+            return self.packed.down(F.silu(gate) * up).add_(x)
         x = x + self.self_attn.o_proj(attended)
         y = self.post_attention_layernorm(x)
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
@@ -452,11 +454,9 @@ def _where(
     return place, visible or (0, int(place) + length), mask is None and row is None and visible is None
 
 
-def _finished(packed: PackedProjections, x: Tensor, attended: Tensor) -> Tensor:
-    """What follows the attention: input (B, T, width) and attended (B, T, H·D) → (B, T, width)."""
-    x = x + packed.output(attended)
-    gate, up = packed.gate_up(x).chunk(2, -1)
-    return packed.down(F.silu(gate) * up).add_(x)
+def _side_by_side(heads: Tensor) -> Tensor:
+    """(B, H, T, D) → (B, T, H·D)."""
+    return heads.transpose(1, 2).flatten(2)
 
 
 def step_all(

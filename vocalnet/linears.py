@@ -220,6 +220,14 @@ class PackedModule(nn.Module):
         return self.linear(x)
 
 
+def replace_linears(module: nn.Module, pack: Callable[[nn.Linear], PackedLinear]) -> None:
+    """Puts packed products in the places of all linears within a module."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedModule(pack(child)))
+
+
 def int8_available() -> bool:
     """Whether this build of PyTorch has FBGEMM's int8 kernels (x86 processors)."""
     return "fbgemm" in torch.backends.quantized.supported_engines

@@ -157,19 +157,11 @@ def recorded(work: Work) -> Iterator[None]:
 
         return call
 
-    step = LlamaLayer.step
+    finish, whole = LlamaLayer._finish, NativeLayer.__call__
 
-    alone = [0]  # whether a layer is being run by itself
-
-    def counted(self: LlamaLayer, *args: Any, **options: Any) -> Tensor:
+    def counted(self: LlamaLayer, x: Tensor, attended: Tensor) -> Tensor:
         work.layer_calls += 1
-        alone.append(1)
-        try:
-            return step(self, *args, **options)
-        finally:
-            alone.pop()
-
-    whole = NativeLayer.__call__
+        return finish(self, x, attended)
 
     def opened(
         self: NativeLayer,
@@ -180,7 +172,7 @@ def recorded(work: Work) -> Iterator[None]:
     ) -> Tensor:
         inputs = ((part, x.new_ones(*x.shape[:-1], part.shape[1])) for layer in (self, *after) for part in layer.parts)
         work.products += inputs
-        work.layer_calls += len(after) + 1 - alone[-1]
+        work.layer_calls += 1 + len(after)
         return whole(self, x, told, caches, after)
 
     with (
@@ -189,7 +181,7 @@ def recorded(work: Work) -> Iterator[None]:
         patch.object(Int8Linear, "__call__", noting(Int8Linear.__call__)),
         patch.object(NativeLinear, "__call__", noting(NativeLinear.__call__)),
         patch.object(NativeLayer, "__call__", opened),
-        patch.object(LlamaLayer, "step", counted),
+        patch.object(LlamaLayer, "_finish", counted),
     ):
         yield
 

@@ -129,9 +129,9 @@ static void weighted_values(int rows, int parts, const float *weights, size_t co
 static void softmax(float *scores, int count) {
     __m512 peaks = _mm512_set1_ps(-INFINITY);
     for (int i = 0; i < count; i += LANES) {
-        const int some = count - i < LANES ? count - i : LANES;
+        const int some = left(count, i);
         __m512 x = load_some(scores, i, 0, some);
-        peaks = _mm512_mask_max_ps(peaks, (__mmask16)((1u << some) - 1), peaks, x);
+        peaks = _mm512_mask_max_ps(peaks, lanes(some), peaks, x);
     }
     const float peak = _mm512_reduce_max_ps(peaks);
     if (peak == -INFINITY) {
@@ -140,14 +140,14 @@ static void softmax(float *scores, int count) {
     }
     __m512 total = _mm512_setzero_ps();
     for (int i = 0; i < count; i += LANES) {
-        const int some = count - i < LANES ? count - i : LANES;
+        const int some = left(count, i);
         __m512 x = exponential(_mm512_sub_ps(load_some(scores, i, 0, some), _mm512_set1_ps(peak)));
-        total = _mm512_mask_add_ps(total, (__mmask16)((1u << some) - 1), total, x);
+        total = _mm512_mask_add_ps(total, lanes(some), total, x);
         store_some(scores, i, 0, some, x);
     }
     const __m512 part = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
     for (int i = 0; i < count; i += LANES) {
-        const int some = count - i < LANES ? count - i : LANES;
+        const int some = left(count, i);
         store_some(scores, i, 0, some, _mm512_mul_ps(load_some(scores, i, 0, some), part));
     }
 }
@@ -162,7 +162,7 @@ INLINE size_t attention_room(const Attention *a) {
 INLINE __m512 masked(const Attention *a, int t, int from, int some, __m512 x) {
     const size_t at = t * a->mask_row + from;
     if (a->mask_kind == 1) {
-        __m128i seen = _mm_maskz_loadu_epi8((__mmask16)((1u << some) - 1), (const uint8_t *)a->mask + at);
+        __m128i seen = _mm_maskz_loadu_epi8(lanes(some), (const uint8_t *)a->mask + at);
         return _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), _mm_test_epi8_mask(seen, seen), x);
     }
     return a->mask_kind ? _mm512_add_ps(x, load_some(a->mask, at, a->mask_kind == 3, some)) : x;
@@ -184,7 +184,7 @@ static void attend_block(const Attention *a, const float *qkv, int head, int fro
         for (int d = 0; d < size; d += LANES) store(queries, (size_t)t * size + d, half, _mm512_loadu_ps(turned + d));
     }
     for (int i = 0; i < count; i += LANES) {
-        const int some = count - i < LANES ? count - i : LANES;
+        const int some = left(count, i);
         for (int t = 0; t < rows; t++) {
             __m512 x = some_products(queries + width * t * size, keys + width * i * size, size, half, some);
             _mm512_storeu_ps(scores + t * columns + i, masked(a, from + t, i, some, x));

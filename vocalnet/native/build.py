@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from filelock import FileLock
@@ -71,6 +71,24 @@ def kernel(name: str, *arguments: Any) -> Any:
     function = kernels[name]  # an object of its own at every call
     function.argtypes = arguments
     return function
+
+
+class Connected:
+    """Something that holds addresses beside what lies there. Copies and files get the latter and connect anew."""
+
+    ADDRESSES: ClassVar[tuple[str, ...]]
+    """The attributes that `_connect` makes."""
+
+    def _connect(self) -> None:
+        """Tells the kernel where everything lies."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key not in self.ADDRESSES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._connect()
 
 
 def _loaded(command: Sequence[str]) -> ctypes.CDLL:

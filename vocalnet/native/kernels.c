@@ -79,12 +79,14 @@ typedef struct {
     float *factor, *wide;
 } Prepared;
 
+INLINE size_t rows_room(int rows, int in) { return ((size_t)rows * in * 2 + 63) / 64 * 64; }
+
 static size_t prepared_room(int rows, int in) {
-    return ((size_t)rows * in * 2 + 63) / 64 * 64 + sizeof(float) * ((size_t)rows + LANES + in + LANES);
+    return rows_room(rows, in) + sizeof(float) * ((size_t)rows + LANES + in + LANES);
 }
 
 static Prepared prepared_in(char *room, int rows, int in) {
-    float *factor = (float *)(room + ((size_t)rows * in * 2 + 63) / 64 * 64);
+    float *factor = (float *)(room + rows_room(rows, in));
     return (Prepared){(uint8_t *)room, factor, factor + (rows + LANES)};
 }
 
@@ -118,9 +120,8 @@ typedef struct {
 INLINE void finish_sum(const void *given, int row, int panel, const float *outputs) {
     const Sum *job = given;
     for (int j = 0; j < PANEL; j += LANES) {
-        const int count = job->out - panel * PANEL - j;
-        if (count <= 0) return;
-        const int some = count < LANES ? count : LANES;
+        const int some = left(job->out, panel * PANEL + j);
+        if (some <= 0) return;
         const size_t at = (size_t)row * job->out + panel * PANEL + j;
         __m512 x = _mm512_loadu_ps(outputs + j);
         if (job->base) x = _mm512_add_ps(x, load_some(job->base, at, job->half_base, some));
@@ -137,10 +138,10 @@ typedef struct {
 INLINE void finish_gate(const void *given, int row, int panel, const float *outputs) {
     const Gate *job = given;
     for (int j = 0; j < PANEL / 2; j += LANES) {
-        const int count = job->ffn - panel * PANEL / 2 - j;
-        if (count <= 0) return;
+        const int some = left(job->ffn, panel * PANEL / 2 + j);
+        if (some <= 0) return;
         __m512 x = _mm512_mul_ps(silu(_mm512_loadu_ps(outputs + j)), _mm512_loadu_ps(outputs + PANEL / 2 + j));
-        store_some(job->to, (size_t)row * job->ffn + panel * PANEL / 2 + j, 0, count < LANES ? count : LANES, x);
+        store_some(job->to, (size_t)row * job->ffn + panel * PANEL / 2 + j, 0, some, x);
     }
 }
 

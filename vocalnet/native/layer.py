@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vocalnet.native.build import kernel
+from vocalnet.native.build import Connected, kernel
 from vocalnet.native.linear import LinearStruct, NativeLinear, check, check_input
 
 if TYPE_CHECKING:
@@ -61,8 +61,10 @@ _MASKS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
-class NativeAttention:
+class NativeAttention(Connected):
     """Rotary positions, the new rows of the cache, and attention to what is visible, for one sequence."""
+
+    ADDRESSES = ("_kernel",)
 
     def __init__(self, config: LayerConfig, dtype: torch.dtype) -> None:
         """`dtype` is that of activations and rotations."""
@@ -72,14 +74,6 @@ class NativeAttention:
 
     def _connect(self) -> None:
         self._kernel = kernel("vocalnet_attend", POINTER(AttentionStruct), c_void_p, c_void_p, c_int32)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and files hold: all but addresses."""
-        return {key: value for key, value in vars(self).items() if key != "_kernel"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._connect()
 
     @staticmethod
     def fits(config: LayerConfig) -> bool:
@@ -163,8 +157,10 @@ class NativeAttention:
         return seen
 
 
-class NativeLayer:
+class NativeLayer(Connected):
     """A whole Llama layer, or several, as one call."""
+
+    ADDRESSES = "struct", "_stack", "_kernel"
 
     def __init__(
         self, config: LayerConfig, qkv: NativeLinear, output: NativeLinear, gate_up: NativeLinear, down: NativeLinear
@@ -175,7 +171,6 @@ class NativeLayer:
         self._connect()
 
     def _connect(self) -> None:
-        """Tells the kernel where everything lies: the struct holds addresses only."""
         self.struct = LayerStruct(self.config.width, self.config.ffn, *(part.struct for part in self.parts))
         self._stack: tuple[tuple[NativeLayer, ...], Array[Any]] = (), self._addresses(())
         pointers = c_void_p, c_void_p, c_int32, POINTER(AttentionStruct), c_void_p, c_void_p, c_int32
@@ -186,14 +181,6 @@ class NativeLayer:
         if any(layer.config != self.config for layer in after):
             raise ValueError("layers that run as one call must have one shape")
         return (c_void_p * (1 + len(after)))(*(addressof(layer.struct) for layer in (self, *after)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and files hold: all but addresses."""
-        return {"config": self.config, "parts": self.parts}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._connect()
 
     def __call__(
         self, x: Tensor, told: AttentionStruct, caches: Sequence[KVCache], after: tuple[NativeLayer, ...] = ()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vocalnet.errors import ConfigError
-from vocalnet.native.build import kernel
+from vocalnet.native.build import Connected, kernel
 from vocalnet.norm import RMSNorm, fold_norm
 
 PANEL = 64
@@ -71,12 +71,14 @@ def fits(inputs: int, block: int = 0) -> bool:
     return inputs % 4 == 0 and block in BLOCKS
 
 
-class NativeLinear:
+class NativeLinear(Connected):
     """x Wᵀ + b with int8 or bf16 weights, outside autograd; x is normalised and spread first as asked for.
 
     int8: a scale per output and one per row of the input. bf16: the input is rounded to bf16, sums are float32. A row's
     result does not depend on what other rows there are.
     """
+
+    ADDRESSES = "struct", "_bare", "_kernel"
 
     def __init__(
         self,
@@ -133,7 +135,6 @@ class NativeLinear:
         self._connect()
 
     def _connect(self) -> None:
-        """Tells the kernel where everything lies."""
         pointers = [
             None if part is None else part.data_ptr() for part in (self.weight, self.scale, self.sums, self.bias)
         ]
@@ -141,14 +142,6 @@ class NativeLinear:
         self.struct = LinearStruct(*sizes, *pointers, self.floor, self.block)
         self._bare = LinearStruct(*sizes, *pointers, -1.0, 0)
         self._kernel = kernel("vocalnet_linear", POINTER(LinearStruct), c_void_p, c_int32, c_int32, c_void_p, c_int32)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and files hold: all but addresses."""
-        return {key: value for key, value in vars(self).items() if key not in ("struct", "_bare", "_kernel")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._connect()
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""

@@ -9,9 +9,11 @@
 
 typedef uint16_t bf16;
 
-INLINE __m512 widen(const bf16 *from) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16));
-}
+// How many of `total` elements are left for a vector that begins at `at`, and the mask of so many lanes.
+INLINE int left(int total, int at) { return total - at < LANES ? total - at : LANES; }
+INLINE __mmask16 lanes(int count) { return (__mmask16)((1u << count) - 1); }
+
+INLINE __m512 widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 
 // To the nearest, ties to even. NaN stays NaN unless its payload overflows, which no weight of ours does.
 INLINE __m256i narrow(__m512 x) {
@@ -23,7 +25,8 @@ INLINE __m256i narrow(__m512 x) {
 
 // Element `index` onwards of an array of floats or bf16.
 INLINE __m512 load(const void *from, size_t index, int half) {
-    return half ? widen((const bf16 *)from + index) : _mm512_loadu_ps((const float *)from + index);
+    return half ? widen(_mm256_loadu_si256((const void *)((const bf16 *)from + index)))
+                : _mm512_loadu_ps((const float *)from + index);
 }
 
 INLINE void store(void *to, size_t index, int half, __m512 x) {
@@ -33,16 +36,13 @@ INLINE void store(void *to, size_t index, int half, __m512 x) {
 
 // The same for the first `count` ≤ 16 elements only; the others read as 0.
 INLINE __m512 load_some(const void *from, size_t index, int half, int count) {
-    __mmask16 some = (__mmask16)((1u << count) - 1);
-    if (!half) return _mm512_maskz_loadu_ps(some, (const float *)from + index);
-    __m256i bits = _mm256_maskz_loadu_epi16(some, (const bf16 *)from + index);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    return half ? widen(_mm256_maskz_loadu_epi16(lanes(count), (const bf16 *)from + index))
+                : _mm512_maskz_loadu_ps(lanes(count), (const float *)from + index);
 }
 
 INLINE void store_some(void *to, size_t index, int half, int count, __m512 x) {
-    __mmask16 some = (__mmask16)((1u << count) - 1);
-    if (half) _mm256_mask_storeu_epi16((bf16 *)to + index, some, narrow(x));
-    else _mm512_mask_storeu_ps((float *)to + index, some, x);
+    if (half) _mm256_mask_storeu_epi16((bf16 *)to + index, lanes(count), narrow(x));
+    else _mm512_mask_storeu_ps((float *)to + index, lanes(count), x);
 }
 
 // a · b in pairs of bf16, added to 16 floats.
