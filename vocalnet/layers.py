@@ -347,7 +347,7 @@ class LlamaLayer(nn.Module):
         """
         q, pair = self._project(x, rotation)
         k, v = pair.chunk(2, 1)
-        return self._finish(x, _side_by_side(attend(q, k, v, mask, causal)))
+        return self._finish(x, attend(q, k, v, mask, causal))
 
     def step(
         self,
@@ -390,7 +390,7 @@ class LlamaLayer(nn.Module):
             mask = causal_mask(length, last, x.device)
         keys, values = cache.rows(first, last)
         attended = attend(q.to(keys.dtype), keys, values, mask, appending and start == 0)
-        return self._finish(x, _side_by_side(attended.to(x.dtype)))
+        return self._finish(x, attended.to(x.dtype))
 
     def _told(
         self,
@@ -436,7 +436,8 @@ class LlamaLayer(nn.Module):
         return qkv.narrow(1, 0, heads), qkv.narrow(1, heads, 2 * key_heads)
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, feed-forward, and both residual sums; attended is (B, T, H·D)."""
+        """Output projection, feed-forward, and both residual sums; attended is (B, H, T, D)."""
+        attended = attended.transpose(1, 2).flatten(2)  # (B, T, H·D)
         if self.packed is not None:
             x = x + self.packed.output(attended)
             gate, up = self.packed.gate_up(x).chunk(2, -1)
@@ -452,11 +453,6 @@ def _where(
     """What `step` makes of its arguments: where new rows go, the (first, last) visible ones, whether it appends."""
     place = cache.length if row is None else row
     return place, visible or (0, int(place) + length), mask is None and row is None and visible is None
-
-
-def _side_by_side(heads: Tensor) -> Tensor:
-    """(B, H, T, D) → (B, T, H·D)."""
-    return heads.transpose(1, 2).flatten(2)
 
 
 def step_all(

@@ -148,13 +148,13 @@ class NativeAttention(Connected):
         return told
 
     def __call__(self, qkv: Tensor, told: AttentionStruct) -> Tensor:
-        """qkv (1, T, (heads + 2·key heads)·size), not yet rotated → (1, T, heads·size) in float32."""
+        """qkv (1, T, (heads + 2·key heads)·size), not yet rotated → (1, heads, T, size) in float32."""
         config = self.config
         check_input(qkv, (config.heads + 2 * config.key_heads) * config.size)
         qkv = qkv.float().contiguous()
-        seen = torch.empty(1, told.rows, config.heads * config.size, dtype=torch.float32, device="cpu")
+        seen = torch.empty(1, told.rows, config.heads, config.size, dtype=torch.float32, device="cpu")
         check(self._kernel(told, qkv.data_ptr(), seen.data_ptr(), torch.get_num_threads()))
-        return seen
+        return seen.transpose(1, 2)
 
 
 class NativeLayer(Connected):
